@@ -1,0 +1,19 @@
+"""BLPO, Bilevel Policy Optimization with Nyström Hypergradients (arXiv 2505.11714), for Stable-Baselines3."""
+
+from importlib.metadata import version
+
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy as CnnPolicy,
+)
+from stable_baselines3.common.policies import (
+    ActorCriticPolicy as MlpPolicy,
+)
+from stable_baselines3.common.policies import (
+    MultiInputActorCriticPolicy as MultiInputPolicy,
+)
+
+from sb3_blpo.blpo import BLPO
+
+__version__ = version("sb3_blpo")
+
+__all__ = ["BLPO", "CnnPolicy", "MlpPolicy", "MultiInputPolicy", "__version__"]

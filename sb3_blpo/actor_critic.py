@@ -1,0 +1,191 @@
+"""
+An SB3 actor-critic policy as leader and follower: two sets of parameters that have nothing in common.
+"""
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.nn.modules import activation
+
+from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
+
+#: Activations that act on every element by itself and have no parameters
+ELEMENTWISE = (
+    activation.ReLU, activation.ReLU6, activation.LeakyReLU, activation.ELU, activation.CELU, activation.SELU,
+    activation.GELU, activation.SiLU, activation.Mish, activation.Tanh, activation.Sigmoid, activation.Softplus,
+    activation.Softsign, activation.Hardtanh, activation.Hardswish, activation.Hardsigmoid, activation.LogSigmoid,
+    activation.Softshrink, activation.Hardshrink, activation.Tanhshrink, nn.Identity,
+)  # fmt: skip
+
+
+def unshare_features_extractor(policy: ActorCriticPolicy) -> None:
+    """
+    Give the critic its own copy of a features extractor with parameters. One without (Flatten) may stay shared.
+
+    :param policy: The policy, changed in place
+    """
+    if not policy.share_features_extractor or not any(True for _ in policy.features_extractor.parameters()):
+        return
+    policy.vf_features_extractor = copy.deepcopy(policy.features_extractor)
+    policy.share_features_extractor = False
+    # SB3's list of constructor arguments lacks this one, and `policy.save()` and `load()` would silently merge the extractors
+    policy._get_constructor_parameters = functools.partial(_constructor_parameters, policy)  # type: ignore[method-assign]
+
+
+def _constructor_parameters(policy: ActorCriticPolicy) -> dict[str, Any]:
+    return type(policy)._get_constructor_parameters(policy) | {"share_features_extractor": False}
+
+
+def split_parameters(
+    policy: ActorCriticPolicy, observation_space: spaces.Space
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """
+    Tell the actor's parameters, which the action distribution depends on, from the critic's, which the value depends on.
+
+    :param policy: The policy
+    :param observation_space: Of the policy
+    :return: The actor's and the critic's trainable parameters by name, in the policy's order
+    :raises ValueError: If a parameter belongs to both or to neither
+    """
+    named = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    training = policy.training
+    policy.set_training_mode(False)
+    with th.enable_grad():
+        # A copy of the space: sampling must not disturb an environment that draws from its own space
+        observation = policy.obs_to_tensor(copy.deepcopy(observation_space).sample())[0]
+        distribution = policy.get_distribution(observation)
+        log_prob = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
+        value = policy.predict_values(observation).sum()
+    policy.set_training_mode(training)
+    parameters = list(named.values())
+    by_actor = th.autograd.grad(log_prob, parameters, allow_unused=True)
+    by_critic = th.autograd.grad(value, parameters, allow_unused=True)
+    actor = {name: p for (name, p), grad in zip(named.items(), by_actor, strict=True) if grad is not None}
+    critic = {name: p for (name, p), grad in zip(named.items(), by_critic, strict=True) if grad is not None}
+    for name in named:
+        if (name in actor) == (name in critic):
+            raise ValueError(
+                f"BLPO needs an actor and a critic without common parameters, but `{name}` of {type(policy).__name__} belongs "
+                f"to {'both' if name in actor else 'neither'}; every trainable parameter must affect either the action "
+                "distribution or the value."
+            )
+    return actor, critic
+
+
+class Critic(nn.Module):
+    """
+    The policy's value function as a module of its own.
+
+    :param policy: The policy
+    :param parameters: The critic's trainable parameters by their names in the policy
+    :param layerwise: Whether the Jacobian may use :class:`~sb3_blpo.jacobian.LayerJacobian` where the critic allows it
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter], layerwise: bool = True) -> None:
+        super().__init__()
+        self.policy = policy
+        self.trainable: dict[str, th.Tensor] = {f"policy.{name}": parameter for name, parameter in parameters.items()}
+        self.layers = linear_layers(policy, list(parameters.values())) if layerwise else None
+
+    def forward(self, observations: PyTorchObs) -> th.Tensor:
+        """
+        :param observations: (n, ...)
+        :return: Their values (n,)
+        """
+        return self.policy.predict_values(observations).flatten()
+
+    def jacobian(self, observations: PyTorchObs, generator: th.Generator) -> Jacobian:
+        """
+        :param observations: (n, ...)
+        :param generator: Source of what the Jacobian draws
+        :return: The values' Jacobian by the critic's parameters
+        """
+        if self.layers is not None:
+            with th.no_grad():
+                features = super(ActorCriticPolicy, self.policy).extract_features(
+                    observations, self.policy.vf_features_extractor
+                )
+            return LayerJacobian(self.layers, features)
+
+        def values(parameters: dict[str, th.Tensor]) -> th.Tensor:
+            return th.func.functional_call(self, parameters, (observations,))
+
+        return FunctionalJacobian(values, self.trainable, generator)
+
+
+def linear_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> nn.Sequential | None:
+    """
+    See whether the critic is, behind a features extractor without parameters, a chain of Linear layers and elementwise
+    activations, so that everything the solvers need follows from the layers' inputs and signals.
+
+    :param policy: The policy
+    :param parameters: The critic's trainable parameters
+    :return: The chain; ``None`` for any other critic
+    """
+    overridden = (
+        type(policy).predict_values is not ActorCriticPolicy.predict_values
+        or type(policy.mlp_extractor) is not MlpExtractor
+        or type(policy.vf_features_extractor) not in (FlattenExtractor, CombinedExtractor)
+        or any(True for _ in policy.vf_features_extractor.parameters())
+    )
+    if overridden:
+        return None
+    body = nn.Sequential(*policy.mlp_extractor.value_net, policy.value_net)
+    known = all(
+        type(module) is nn.Linear or (type(module) in ELEMENTWISE and not getattr(module, "inplace", False)) for module in body
+    )
+    # Same parameters in the same order: nothing frozen, nothing beside the layers, no layer used twice
+    chain = [parameter for module in body for parameter in module.parameters()]
+    same = len(chain) == len(parameters) and all(a is b for a, b in zip(chain, parameters, strict=True))
+    return body if known and same else None
+
+
+class Snapshot(NamedTuple):
+    """
+    What a minibatch changes before its last check: the critic, its optimizer's state, and the networks' buffers.
+
+    :param optimizer: The critic's optimizer
+    :param tensors: Parameters and buffers, each with its value
+    :param state: The optimizer's state by parameter
+    """
+
+    optimizer: th.optim.Optimizer
+    tensors: list[tuple[th.Tensor, th.Tensor]]
+    state: dict[th.Tensor, dict[str, Any]]
+
+    @classmethod
+    def of(cls, optimizer: th.optim.Optimizer, policy: ActorCriticPolicy) -> "Snapshot":
+        """
+        :param optimizer: The critic's optimizer
+        :param policy: The policy, whose buffers (statistics of normalisation layers) forward passes change
+        :return: Their values now
+        """
+        tensors = [*parameters_of(optimizer), *policy.buffers()]
+        state = {
+            parameter: {key: value.clone() if isinstance(value, th.Tensor) else value for key, value in entries.items()}
+            for parameter, entries in optimizer.state.items()
+        }
+        return cls(optimizer, [(tensor, tensor.detach().clone()) for tensor in tensors], state)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        with th.no_grad():
+            for tensor, value in self.tensors:
+                tensor.copy_(value)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.state)
+
+
+def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
+    """
+    :param optimizer: An optimizer
+    :return: Its parameters, in order
+    """
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,486 @@
+"""BLPO: Bilevel Policy Optimization with Nyström Hypergradients."""
+
+import copy
+import math
+import warnings
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, BasePolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+from torch.nn import functional as F
+
+from sb3_blpo.actor_critic import Critic, Snapshot, parameters_of, split_parameters, unshare_features_extractor
+from sb3_blpo.checks import check_arguments, check_finite, scheduled
+from sb3_blpo.hypergradient import Hypergradient, hypergradient
+from sb3_blpo.ihvp import Solver, make_solver
+from sb3_blpo.segments import Rollout, Segment, Truncation
+
+SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")
+
+IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "gaussian", "max_iter": 50, "tol": 1e-5}
+
+#: ihvp_solver="exact" refuses anything larger: of the dense Hessian, in critic parameters, and of the Jacobian of a critic
+#: that is no chain of Linear layers, in bytes
+MAX_HESSIAN_PARAMETERS = 20_000
+MAX_JACOBIAN_BYTES = 64 * 2**20
+
+
+class CriticUpdate(NamedTuple):
+    """
+    One step of the critic.
+
+    :param loss: Mean squared error before the step ()
+    :param norm: Norm of its gradient ()
+    """
+
+    loss: th.Tensor
+    norm: th.Tensor
+
+
+class BLPO(OnPolicyAlgorithm):
+    """
+    Bilevel Policy Optimization with Nyström Hypergradients (BLPO).
+
+    Actor-critic as a bilevel problem: the critic (follower) takes ``n_critic_updates`` steps towards its best response before
+    each step of the actor (leader), which follows the hypergradient: PPO's clipped policy gradient plus a correction for how
+    the critic would respond, by an inverse-Hessian-vector product that the Nyström method keeps stable.
+
+    Paper: https://arxiv.org/abs/2505.11714 (Algorithm 1); Nyström hypergradients: https://arxiv.org/abs/2302.09726
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...). Actor and critic share no parameter: a features
+        extractor with parameters exists twice
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: The actor's learning rate, >= 0, it can be a function of the current progress remaining (from 1 to 0)
+    :param critic_learning_rate: The critic's learning rate, likewise; larger than the actor's, so that the critic follows
+    :param n_steps: The number of steps to run for each environment per update
+        (i.e. rollout buffer size is n_steps * n_envs where n_envs is number of environment copies running in parallel)
+    :param batch_size: Minibatch size in transitions. Minibatches are time-ordered: up to ``n_steps``, a contiguous segment of
+        one environment's rollout; above, the whole rollouts of ``batch_size // n_steps`` environments
+    :param n_epochs: Number of passes over the rollout
+    :param n_critic_updates: Number of critic steps before each actor step (nesting), at least 1
+    :param gamma: Discount factor, in [0, 1]
+    :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator, in [0, 1]. At 1 nothing is
+        bootstrapped inside an episode, and the correction all but vanishes
+    :param clip_range: Clipping parameter, >= 0, it can be a function of the current progress remaining (from 1 to 0)
+    :param normalize_advantage: Whether to normalize the advantages of each minibatch: both gradients are divided by the
+        standard deviation, and the direct one's advantages are shifted by the mean. Not done for minibatches of one transition
+    :param ent_coef: Entropy coefficient for the actor's objective, >= 0
+    :param max_grad_norm: The maximum norm of the actor's gradient, > 0. The critic's is not clipped
+    :param ihvp_solver: How the critic's linear system is solved: "nystrom" (low-rank approximation), "cg" (conjugate
+        gradients), "nystrom_cg" (preconditioned by Nyström), "exact" (dense) or "none" (no correction: nested actor-critic)
+    :param ihvp_kwargs: Settings of the solver: ``damping`` (> 0, in units of the trace of the Gauss-Newton matrix, 0.01),
+        ``rank`` (>= 1, 20) and ``sketch`` ("gaussian" or, as in the paper, "columns") of Nyström, ``max_iter`` (>= 1, 50) and
+        ``tol`` (>= 0, relative, 1e-5) of CG. A solver ignores those that do not concern it
+    :param curvature: "gauss_newton" (positive semi-definite, the default) or "hessian" (exact, in general indefinite)
+    :param max_correction_ratio: Largest norm of the correction relative to that of the direct gradient (entropy included),
+        >= 0; ``None``: no cap
+    :param target_kl: Limit the KL divergence between updates, > 0, because the clipping is not enough to prevent large update;
+        by default, there is no limit on the kl div
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE.
+        Default: -1 (only sample at the beginning of the rollout)
+    :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected. Its ``get()`` is
+        not called
+    :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation. ``optimizer_class`` and
+        ``optimizer_kwargs`` serve both optimizers
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: If an argument is of the wrong type or out of range, or if actor and critic share a parameter
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": ActorCriticPolicy,
+        "CnnPolicy": ActorCriticCnnPolicy,
+        "MultiInputPolicy": MultiInputActorCriticPolicy,
+    }
+
+    clip_range: Any  # a float or schedule as the user passes it, a FloatSchedule from `_setup_model` on
+    critic: Critic
+    critic_optimizer: th.optim.Optimizer
+    solver: Solver | None
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        critic_learning_rate: float | Schedule = 1e-3,
+        n_steps: int = 2048,
+        batch_size: int = 256,
+        n_epochs: int = 10,
+        n_critic_updates: int = 3,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        normalize_advantage: bool = False,
+        ent_coef: float = 0.0,
+        max_grad_norm: float = 0.5,
+        ihvp_solver: str = "nystrom",
+        ihvp_kwargs: dict[str, Any] | None = None,
+        curvature: str = "gauss_newton",
+        max_correction_ratio: float | None = 1.0,
+        target_kl: float | None = None,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=0.0,  # actor and critic have a loss and an optimizer each
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
+        )
+        self.critic_learning_rate = critic_learning_rate
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.n_critic_updates = n_critic_updates
+        self.clip_range = clip_range
+        self.normalize_advantage = normalize_advantage
+        self.ihvp_solver = ihvp_solver
+        self.ihvp_kwargs = ihvp_kwargs
+        self.curvature = curvature
+        self.max_correction_ratio = max_correction_ratio
+        self.target_kl = target_kl
+        # Source of everything that the solvers draw, saved with the model
+        self.sketch_generator: th.Generator | None = None
+        self._truncations: list[Truncation] = []
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        check_arguments(self)
+        super()._setup_model()
+        self.clip_range = FloatSchedule(self.clip_range)
+        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
+        unshare_features_extractor(self.policy)
+        actor, critic = split_parameters(self.policy, self.observation_space)
+        make_optimizer = self.policy.optimizer_class
+        optimizer_kwargs: dict[str, Any] = self.policy.optimizer_kwargs
+        self.policy.optimizer = make_optimizer(list(actor.values()), lr=self.lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
+        self.critic_optimizer = make_optimizer(list(critic.values()), lr=self.critic_lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
+        self.critic = Critic(self.policy, critic, layerwise=self.curvature == "gauss_newton")
+        settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
+        self.damping = settings.pop("damping")
+        self.solver = make_solver(self.ihvp_solver, **settings)
+        self._check_sizes()
+        if self.sketch_generator is None:
+            self.sketch_generator = th.Generator().manual_seed(int(th.randint(2**62, ())))
+
+    def _check_sizes(self) -> None:
+        """Refuse a dense solve that does not fit; warn of minibatches that do not divide the rollout, as PPO does."""
+        n_envs = getattr(self, "n_envs", 1)
+        length = min(self.batch_size, self.n_steps)
+        width = min(max(1, self.batch_size // self.n_steps), n_envs)
+        n_parameters = sum(parameter.numel() for parameter in self.critic.trainable.values())
+        if self.ihvp_solver == "exact":
+            jacobian_bytes = 4 * length * width * n_parameters
+            if self.curvature == "hessian" and n_parameters > MAX_HESSIAN_PARAMETERS:
+                raise ValueError(
+                    f"`ihvp_solver`='exact' with `curvature`='hessian' takes a critic of at most {MAX_HESSIAN_PARAMETERS} "
+                    f"parameters, but this one has {n_parameters}; use 'nystrom' or 'cg'."
+                )
+            if self.critic.layers is None and jacobian_bytes > MAX_JACOBIAN_BYTES:
+                raise ValueError(
+                    f"`ihvp_solver`='exact' takes at most {MAX_JACOBIAN_BYTES} bytes for the Jacobian of a critic that is not "
+                    f"made of Linear layers, but a minibatch of {length * width} transitions and {n_parameters} parameters "
+                    f"needs {jacobian_bytes}; use 'nystrom' or 'cg', or a smaller `batch_size`."
+                )
+        truncated = self.n_steps % length or n_envs % width * self.n_steps
+        if self.env is not None and truncated:
+            warnings.warn(
+                f"You have specified a mini-batch size of {self.batch_size}, but because each mini-batch is a segment of the "
+                f"rollout of n_steps={self.n_steps} steps of n_envs={n_envs} environments, "
+                f"there will be a truncated mini-batch of size {truncated}\n"
+                "We recommend using a `batch_size` that is a factor of `n_steps`, or `n_steps` times a factor of `n_envs`.",
+                stacklevel=2,
+            )
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """
+        Collect experiences as SB3 does, and remember where truncated episodes ended.
+
+        :param env: The training environment
+        :param callback: Callback that will be called at each step (and at the beginning and end of the rollout)
+        :param rollout_buffer: Buffer to fill with rollouts
+        :param n_rollout_steps: Number of experiences to collect per environment
+        :return: True if function returned with at least `n_rollout_steps` collected, False if callback terminated rollout
+        :raises ValueError: If an observation holds NaN
+        """
+        self._truncations = []
+        try:
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        except ValueError as error:
+            # The distribution refuses the parameters that NaN observations lead to, in words that do not mention them
+            check_finite("observations", self._last_obs)
+            raise error
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        super()._update_info_buffer(infos, dones)
+        if dones is None:
+            return
+        # Called by SB3 between the environment's step and the buffer's: the condition is that of SB3's own bootstrap
+        for env, (done, info) in enumerate(zip(dones, infos, strict=True)):
+            terminal = info.get("terminal_observation")
+            if done and terminal is not None and info.get("TimeLimit.truncated", False):
+                observation = self.policy.obs_to_tensor(copy.deepcopy(terminal))[0]
+                self._truncations.append(Truncation(self.rollout_buffer.pos, env, observation))
+
+    def train(self) -> None:
+        """
+        Update critic and actor from the current rollout: Algorithm 1 of the paper.
+
+        :raises ValueError: If NaN or infinity shows up in the rollout or in a gradient; both networks and optimizers are then
+            as they were at the start of the minibatch that failed
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        clip_range = scheduled("clip_range", self.clip_range, self._current_progress_remaining)
+        actor_parameters = parameters_of(self.policy.optimizer)
+        segments = self._segments()
+        if self.solver is not None:
+            assert self.sketch_generator is not None
+            critic_vector = th.nn.utils.parameters_to_vector(parameters_of(self.critic_optimizer)).detach()
+            self.solver.draw(critic_vector, self.sketch_generator)
+
+        stats: list[dict[str, th.Tensor]] = []
+        first_of_epoch = 0
+        continue_training = True
+        for epoch in range(self.n_epochs):
+            first_of_epoch = len(stats)
+            # Every minibatch is a stretch of time; their order is random
+            for index in th.randperm(len(segments)).tolist():
+                segment = segments[index]
+                start = Snapshot.of(self.critic_optimizer, self.policy)
+                # Follower: nested updates towards the best response to the current actor
+                critic_updates = [self._update_critic(segment) for _ in range(self.n_critic_updates)]
+                # Leader: the hypergradient under the new critic
+                leader = self._hypergradient(segment, clip_range)
+                for parameter, gradient in zip(actor_parameters, leader.gradients, strict=True):
+                    parameter.grad = -gradient
+                actor_norm = th.nn.utils.clip_grad_norm_(actor_parameters, self.max_grad_norm)
+                approx_kl = self._check_minibatch(start, critic_updates, leader, actor_norm)
+                critic_losses = th.stack([update.loss for update in critic_updates])
+                stats.append(leader.stats | {"critic_loss_before": critic_losses[0], "value_loss": critic_losses.mean()})
+                if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
+                    continue_training = False
+                    if self.verbose >= 1:
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
+                    break
+                self.policy.optimizer.step()
+            self._n_updates += 1
+            if not continue_training:
+                break
+
+        self._log(stats, first_of_epoch, clip_range)
+
+    def _update_learning_rates(self) -> None:
+        """Give each optimizer its own current rate, and log both."""
+        progress = self._current_progress_remaining
+        scheduled("learning_rate", self.lr_schedule, progress)
+        critic_learning_rate = scheduled("critic_learning_rate", self.critic_lr_schedule, progress)
+        self._update_learning_rate(self.policy.optimizer)
+        update_learning_rate(self.critic_optimizer, critic_learning_rate)
+        self.logger.record("train/critic_learning_rate", critic_learning_rate)
+
+    def _segments(self) -> list[Segment]:
+        """Cut the rollout into minibatches."""
+        assert self._last_obs is not None and self._last_episode_starts is not None
+        buffer = self.rollout_buffer
+        for name in ("observations", "rewards", "values", "returns", "log_probs"):
+            check_finite(name, getattr(buffer, name))
+        check_finite("observations", self._last_obs)
+        terminal_values = th.zeros(0, device=self.device)
+        if self._truncations:
+            self.policy.set_training_mode(False)
+            with th.no_grad():
+                # One by one, as SB3 computed what it added to the rewards
+                terminal_values = th.cat([self.critic(truncation.observation) for truncation in self._truncations])
+            self.policy.set_training_mode(True)
+        rollout = Rollout(
+            buffer,
+            obs_as_tensor(self._last_obs, self.device),
+            self._last_episode_starts,
+            self._truncations,
+            terminal_values,
+            self.gamma,
+        )
+        return list(rollout.segments(self.batch_size))
+
+    def _update_critic(self, segment: Segment) -> CriticUpdate:
+        """One step of the follower on the mean squared error against the rollout's lambda-returns."""
+        loss = F.mse_loss(self.critic(segment.states), segment.returns)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in parameters_of(self.critic_optimizer) if p.grad is not None]
+        self.critic_optimizer.step()
+        return CriticUpdate(loss.detach(), th.nn.utils.get_total_norm(gradients))
+
+    def _hypergradient(self, segment: Segment, clip_range: float) -> Hypergradient:
+        """The leader's gradient on one minibatch."""
+        distribution = self.policy.get_distribution(segment.states)
+        log_prob, entropy = distribution.log_prob(segment.actions), distribution.entropy()
+        # What the actor's best response is to, the critic's values, must not depend on batch statistics or dropout
+        self.policy.set_training_mode(False)
+        jacobian = None
+        if self.solver is None:
+            with th.no_grad():
+                values = self.critic(segment.observations)
+        else:
+            assert self.sketch_generator is not None
+            jacobian = self.critic.jacobian(segment.observations, self.sketch_generator)
+            values = jacobian.values
+        result = hypergradient(
+            parameters_of(self.policy.optimizer),
+            log_prob,
+            entropy,
+            segment,
+            values,
+            jacobian,
+            self.solver,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            clip_range=clip_range,
+            normalize_advantage=self.normalize_advantage,
+            ent_coef=self.ent_coef,
+            damping=self.damping,
+            curvature=self.curvature,
+            max_correction_ratio=self.max_correction_ratio,
+        )
+        self.policy.set_training_mode(True)
+        return result
+
+    def _check_minibatch(
+        self, start: Snapshot, critic_updates: list[CriticUpdate], leader: Hypergradient, actor_norm: th.Tensor
+    ) -> float:
+        """
+        Raise if anything is not finite, the networks and optimizers being put back as they were.
+
+        :return: Approximate KL divergence between the rollout's policy and the current one
+        """
+        quantities = {f"critic's gradient in nested update {i + 1}": update.norm for i, update in enumerate(critic_updates)}
+        quantities |= {"critic's loss": leader.stats["critic_loss_after"], "actor's gradient": actor_norm}
+        # The only host read of the minibatch
+        *numbers, approx_kl = th.stack([*quantities.values(), leader.stats["approx_kl"]]).tolist()
+        for name, number in zip(quantities, numbers, strict=True):
+            if not math.isfinite(number):
+                start.restore()
+                raise ValueError(
+                    f"The {name} is {number} in update {self._n_updates + 1}, after {self.num_timesteps} timesteps; networks "
+                    "and optimizers were put back to the start of that minibatch. Look at the scale of rewards and "
+                    "observations, `learning_rate` and `critic_learning_rate`."
+                )
+        return approx_kl
+
+    def _log(self, stats: list[dict[str, th.Tensor]], first_of_epoch: int, clip_range: float) -> None:
+        """Log SB3's PPO keys and BLPO's own, from one host copy of all minibatches' statistics."""
+        table = th.stack([th.stack([value.float() for value in row.values()]) for row in stats]).cpu().numpy()
+        columns = dict(zip(stats[0], table.T, strict=True))
+        means = {name: column.mean() for name, column in columns.items()}
+        means["loss"] = columns["loss"][-1]
+        means["approx_kl"] = columns["approx_kl"][first_of_epoch:].mean()
+        if self.solver is not None:
+            done = columns["correction_skipped"] == 0
+            means["correction_skipped"] = len(done) - done.sum()
+            for name in ("correction_ratio", "correction_cosine", "correction_capped", "ihvp_residual"):
+                means[name] = columns[name][done].mean() if done.any() else np.nan
+        for name, mean in means.items():
+            self.logger.record(f"train/{name}", float(mean))
+        buffer = self.rollout_buffer
+        self.logger.record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", clip_range)
+
+    def learn(
+        self: SelfBLPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "BLPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfBLPO:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules
+        (see ``get_parameters``).
+
+        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
+        :param exact_match: If True, the given parameters should include parameters for each module and each of their
+            parameters, otherwise raises an Exception. If set to False, this can be used to update only specific parameters.
+        :param device: Device on which the code should run.
+        :raises ValueError: If they were saved by another algorithm
+        """
+        params: Any = load_path_or_dict
+        if not isinstance(params, dict):
+            params = load_from_zip_file(params, device=device, load_data=False)[1]
+        if exact_match and "policy" in params and "critic_optimizer" not in params:
+            raise ValueError(
+                "These parameters were not saved by BLPO, for they hold no `critic_optimizer`: load a PPO or A2C model with "
+                "its own class, or start BLPO from its policy with `set_parameters({'policy': ...}, exact_match=False)`."
+            )
+        super().set_parameters(params, exact_match, device)
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, tensors = super()._get_torch_save_params()
+        return [*state_dicts, "critic_optimizer"], tensors
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "critic", "solver", "_truncations"]

@@ -1,0 +1,135 @@
+"""What BLPO refuses, before it touches a weight, and in which words."""
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+from stable_baselines3.common.type_aliases import Schedule
+
+IHVP_SOLVERS = ("nystrom", "cg", "nystrom_cg", "exact", "none")
+CURVATURES = ("gauss_newton", "hessian")
+SKETCHES = ("gaussian", "columns")
+
+
+def scheduled(name: str, schedule: Schedule, progress_remaining: float) -> float:
+    """
+    :param name: Of the schedule, for the message
+    :param schedule: A schedule
+    :param progress_remaining: From 1 to 0
+    :return: Its value
+    :raises ValueError: If that is negative, NaN or infinite
+    """
+    value = schedule(progress_remaining)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be finite and >= 0, but is {value} at progress_remaining={progress_remaining}.")
+    return value
+
+
+def check_finite(name: str, array: Any) -> None:
+    """
+    :param name: What the rollout buffer calls the array
+    :param array: An array, or a dictionary of arrays
+    :raises ValueError: If it holds NaN or infinity
+    """
+    arrays = array if isinstance(array, dict) else {"": array}
+    for key, values in arrays.items():
+        if not np.isfinite(values).all():
+            where = f"`{name}[{key!r}]`" if key else f"`{name}`"
+            raise ValueError(f"The rollout's {where} hold NaN or infinity, so BLPO stopped before any weight was changed.")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
+
+
+class Rule(NamedTuple):
+    """
+    What is allowed of an argument.
+
+    :param allowed: In words
+    :param check: Whether a value is allowed
+    """
+
+    allowed: str
+    check: Callable[[Any], bool]
+
+
+POSITIVE_INTEGER = Rule("an integer of at least 1", lambda x: _is_integer(x) and x >= 1)
+FRACTION = Rule("a number in [0, 1]", lambda x: _is_real(x) and 0 <= x <= 1)
+POSITIVE = Rule("a number > 0", lambda x: _is_real(x) and 0 < x)
+POSITIVE_FINITE = Rule("a finite number > 0", lambda x: _is_real(x) and 0 < x < math.inf)
+NON_NEGATIVE = Rule("a finite number >= 0", lambda x: _is_real(x) and 0 <= x < math.inf)
+RATE = Rule(
+    "a finite number >= 0 or a schedule (a function of the progress remaining)",
+    lambda x: callable(x) or NON_NEGATIVE.check(x),
+)
+
+
+def one_of(*names: str) -> Rule:
+    """
+    :param names: The allowed values
+    :return: Their rule
+    """
+    return Rule("one of " + ", ".join(map(repr, names)), lambda x: isinstance(x, str) and x in names)
+
+
+def or_none(rule: Rule) -> Rule:
+    """
+    :param rule: A rule
+    :return: The rule that allows ``None`` as well
+    """
+    return Rule(f"{rule.allowed} or None", lambda x: x is None or rule.check(x))
+
+
+ARGUMENT_RULES: dict[str, Rule] = {
+    "learning_rate": RATE,
+    "critic_learning_rate": RATE,
+    "n_steps": POSITIVE_INTEGER,
+    "batch_size": POSITIVE_INTEGER,
+    "n_epochs": POSITIVE_INTEGER,
+    "n_critic_updates": POSITIVE_INTEGER,
+    "gamma": FRACTION,
+    "gae_lambda": FRACTION,
+    "clip_range": RATE,
+    "normalize_advantage": Rule("True or False", lambda x: isinstance(x, bool | np.bool_)),
+    "ent_coef": NON_NEGATIVE,
+    "max_grad_norm": POSITIVE,
+    "ihvp_solver": one_of(*IHVP_SOLVERS),
+    "ihvp_kwargs": or_none(Rule("a dictionary", lambda x: isinstance(x, dict))),
+    "curvature": one_of(*CURVATURES),
+    "max_correction_ratio": or_none(NON_NEGATIVE),
+    "target_kl": or_none(POSITIVE_FINITE),
+}
+IHVP_RULES: dict[str, Rule] = {
+    "damping": POSITIVE_FINITE,
+    "rank": POSITIVE_INTEGER,
+    "sketch": one_of(*SKETCHES),
+    "max_iter": POSITIVE_INTEGER,
+    "tol": NON_NEGATIVE,
+}
+
+
+def check_arguments(model: Any) -> None:
+    """
+    Check all of BLPO's arguments; here, and not in the constructor, because ``load`` sets them after it.
+
+    :param model: The BLPO model that holds them
+    :raises ValueError: If one is of the wrong type or out of range
+    """
+    for name, rule in ARGUMENT_RULES.items():
+        value = getattr(model, name)
+        if not rule.check(value):
+            raise ValueError(f"`{name}` must be {rule.allowed}, got {value!r}.")
+        if rule is RATE and callable(value):
+            scheduled(name, value, 1.0)
+    for key, value in (model.ihvp_kwargs or {}).items():
+        if key not in IHVP_RULES:
+            raise ValueError(f"`ihvp_kwargs` takes {', '.join(map(repr, IHVP_RULES))}, got {key!r}.")
+        if not IHVP_RULES[key].check(value):
+            raise ValueError(f"`ihvp_kwargs[{key!r}]` must be {IHVP_RULES[key].allowed}, got {value!r}.")

@@ -1,0 +1,249 @@
+"""
+The leader's gradient: the direct policy gradient and the correction for the critic's best response.
+
+Both are policy gradients with weights on the ratios rho_t = pi(a_t|s_t) / pi_old(a_t|s_t) of one minibatch,
+
+    (1/N) sum_t (1 + 2 e_t) m_t rho_t A_t grad log pi(a_t|s_t),
+
+so the bilevel part costs one linear solve for the critic and one further backward pass through the actor.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_blpo.curvature import MAX_GRAM_ROWS, Curvature, GaussNewton, GramGaussNewton, Hessian
+from sb3_blpo.ihvp import Exact, Solver
+from sb3_blpo.ihvp.base import relative_residual
+from sb3_blpo.jacobian import FunctionalJacobian, Jacobian
+from sb3_blpo.segments import Segment
+
+
+class Surrogate(NamedTuple):
+    """
+    PPO's clipped surrogate objective and what the correction needs of it.
+
+    :param objective: (1/N) sum_t min(rho_t A_t, clip(rho_t) A_t), A normalised where wanted, differentiable ()
+    :param ratio: rho_t, differentiable (N,)
+    :param active: Whether the unclipped branch is active: m_t (N,)
+    :param weights: Derivative of the objective by the advantage, w_t, before normalisation (N,)
+    :param scale: What the advantage was multiplied by to normalise it ()
+    """
+
+    objective: th.Tensor
+    ratio: th.Tensor
+    active: th.Tensor
+    weights: th.Tensor
+    scale: th.Tensor
+
+
+def clipped_surrogate(
+    log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, clip_range: float, normalize_advantage: bool
+) -> Surrogate:
+    """
+    :param log_prob: log pi(a_t|s_t), differentiable (N,)
+    :param old_log_prob: The same under the rollout's policy (N,)
+    :param advantages: A_t under the current critic (N,)
+    :param clip_range: PPO's clipping parameter
+    :param normalize_advantage: Whether to shift and scale the advantages to mean 0 and standard deviation 1
+    :return: The surrogate
+    """
+    scale = th.ones_like(advantages[0])
+    if normalize_advantage and len(advantages) > 1:
+        scale = 1 / (advantages.std() + 1e-8)
+        advantages = (advantages - advantages.mean()) * scale
+    ratio = th.exp(log_prob - old_log_prob)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    active = ratio * advantages <= clipped * advantages
+    chosen = th.where(active, ratio, clipped)
+    return Surrogate((chosen * advantages).mean(), ratio, active, chosen.detach() / len(advantages), scale)
+
+
+class Response(NamedTuple):
+    """
+    How the critic's best response to the actor would move its values.
+
+    :param u: Change of V(s_t) along v = (H + alpha I)^-1 grad_omega J (N,)
+    :param ok: Whether the solve succeeded ()
+    :param residual: Its residual, relative to the right side ()
+    """
+
+    u: th.Tensor
+    ok: th.Tensor
+    residual: th.Tensor
+
+
+def best_response(
+    jacobian: Jacobian,
+    coefficients: th.Tensor,
+    residuals: th.Tensor,
+    solver: Solver,
+    damping: float,
+    curvature: str,
+) -> Response:
+    """
+    Solve (H + alpha I) v = g for the follower.
+
+    :param jacobian: Of the critic's values of the segment's observations
+    :param coefficients: c, with g = J^T c the gradient of the leader's objective by the critic (n_rows,)
+    :param residuals: V_t - R_t of the N states in the critic's loss (N,)
+    :param solver: The solver
+    :param damping: alpha in units of the trace of the Gauss-Newton matrix, positive
+    :param curvature: "gauss_newton" or "hessian"
+    :return: What the solution does to the values
+    """
+    n_steps = len(residuals)
+    alpha = damping * 2 / n_steps * jacobian.squared_norm(n_steps)
+    system: Curvature
+    if curvature == "hessian":
+        assert isinstance(jacobian, FunctionalJacobian)
+        system = Hessian(jacobian, coefficients, residuals)
+    elif isinstance(solver, Exact) or (jacobian.cheap_gram and len(coefficients) <= MAX_GRAM_ROWS):
+        system = GramGaussNewton(jacobian, coefficients, n_steps)
+    else:
+        system = GaussNewton(jacobian, coefficients, n_steps)
+    solution = solver.solve(system, alpha)
+    return Response(system.to_values(solution.x), solution.ok, relative_residual(system, alpha, solution.x))
+
+
+class Correction(NamedTuple):
+    """
+    The correction after the cap, and how it compares with the direct gradient before it.
+
+    :param gradients: One tensor for each of the actor's parameters, zero where the correction was skipped
+    :param ratio: Norm relative to that of the direct gradient, before the cap ()
+    :param cosine: Cosine of the angle to the direct gradient ()
+    :param capped: Whether the cap made it smaller ()
+    :param skipped: Whether it was dropped because the solve failed or overflowed ()
+    """
+
+    gradients: Sequence[th.Tensor]
+    ratio: th.Tensor
+    cosine: th.Tensor
+    capped: th.Tensor
+    skipped: th.Tensor
+
+
+def _norm(gradients: Sequence[th.Tensor]) -> th.Tensor:
+    return th.nn.utils.get_total_norm(gradients)
+
+
+def capped_correction(
+    direct: Sequence[th.Tensor], correction: Sequence[th.Tensor], ok: th.Tensor, max_correction_ratio: float | None
+) -> Correction:
+    """
+    :param direct: The direct gradient
+    :param correction: -(mixed second derivative of L) v, uncapped
+    :param ok: Whether the solve behind it succeeded ()
+    :param max_correction_ratio: Largest norm relative to the direct gradient's; ``None``: no cap
+    :return: The correction to add to the direct gradient
+    """
+    direct_norm, norm = _norm(direct), _norm(correction)
+    ok = ok & norm.isfinite()
+    scale = th.ones_like(norm)
+    if max_correction_ratio is not None:
+        scale = th.where(norm > 0, max_correction_ratio * direct_norm / norm, scale).clamp(max=1)
+    inner = th.stack([(a * b).sum() for a, b in zip(direct, correction, strict=True)]).sum()
+    return Correction(
+        [th.where(ok, scale * part, 0) for part in correction],
+        norm / direct_norm,
+        inner / (direct_norm * norm),
+        scale < 1,
+        ~ok,
+    )
+
+
+class Hypergradient(NamedTuple):
+    """
+    Gradient of the leader's objective with the follower at its best response, and diagnostics.
+
+    :param gradients: To be followed upwards, one tensor for each of the actor's parameters
+    :param stats: Scalars for the log, by name
+    """
+
+    gradients: Sequence[th.Tensor]
+    stats: dict[str, th.Tensor]
+
+
+def hypergradient(
+    actor_parameters: Sequence[th.Tensor],
+    log_prob: th.Tensor,
+    entropy: th.Tensor | None,
+    segment: Segment,
+    values: th.Tensor,
+    jacobian: Jacobian | None,
+    solver: Solver | None,
+    *,
+    gamma: float,
+    gae_lambda: float,
+    clip_range: float,
+    normalize_advantage: bool,
+    ent_coef: float,
+    damping: float,
+    curvature: str,
+    max_correction_ratio: float | None,
+) -> Hypergradient:
+    """
+    Steps 2 to 5 of Algorithm 1 for one minibatch, after the critic's nested updates.
+
+    :param actor_parameters: theta
+    :param log_prob: log pi(a_t|s_t), differentiable by theta (N,)
+    :param entropy: Entropy of pi(.|s_t), differentiable (N,); ``None`` where it has no closed form: -log pi(a_t|s_t) then
+    :param segment: The minibatch
+    :param values: Of the segment's observations under the current critic
+    :param jacobian: Of these values; ``None`` without a solver
+    :param solver: Of the critic's linear system; ``None``: the direct gradient alone
+    :param gamma: Discount factor
+    :param gae_lambda: Factor of GAE
+    :param clip_range: PPO's clipping parameter
+    :param normalize_advantage: Divide both gradients by the advantages' standard deviation, and shift the direct one's
+        advantages by their mean
+    :param ent_coef: Entropy coefficient
+    :param damping: As in :func:`best_response`
+    :param curvature: As in :func:`best_response`
+    :param max_correction_ratio: As in :func:`capped_correction`
+    :return: The gradient and its diagnostics
+    """
+    n = segment.n_transitions
+    residuals = values[:n] - segment.returns
+    # Step 2: advantages under the new critic
+    advantages = segment.advantages(values, gamma, gae_lambda)
+    # Step 3: direct gradient
+    surrogate = clipped_surrogate(log_prob, segment.old_log_prob, advantages, clip_range, normalize_advantage)
+    mean_entropy = (-log_prob if entropy is None else entropy).mean()
+    objective = surrogate.objective + ent_coef * mean_entropy
+    gradients = th.autograd.grad(objective, actor_parameters, retain_graph=solver is not None)
+    with th.no_grad():
+        log_ratio = log_prob - segment.old_log_prob
+        stats = {
+            "policy_gradient_loss": -surrogate.objective.detach(),
+            "entropy_loss": -mean_entropy.detach(),
+            "loss": -objective.detach(),
+            "approx_kl": ((surrogate.ratio - 1) - log_ratio).mean(),
+            "clip_fraction": ((surrogate.ratio - 1).abs() > clip_range).float().mean(),
+            "critic_loss_after": residuals.square().mean(),
+        }
+    if solver is None:
+        return Hypergradient(gradients, stats)
+    assert jacobian is not None
+    # Step 4: how the critic's best response would move each value
+    coefficients = segment.return_gradient(surrogate.weights, gamma, gae_lambda)
+    response = best_response(jacobian, coefficients, residuals, solver, damping, curvature)
+    # Step 5: the correction is a policy gradient with reweighted advantages
+    e = segment.trace(response.u, gamma, gae_lambda)
+    weights = (2 / n) * e * surrogate.active * advantages * surrogate.scale
+    correction = capped_correction(
+        gradients,
+        th.autograd.grad((weights * surrogate.ratio).sum(), actor_parameters),
+        response.ok,
+        max_correction_ratio,
+    )
+    stats |= {
+        "correction_ratio": correction.ratio,
+        "correction_cosine": correction.cosine,
+        "correction_capped": correction.capped,
+        "correction_skipped": correction.skipped,
+        "ihvp_residual": response.residual,
+    }
+    return Hypergradient([a + b for a, b in zip(gradients, correction.gradients, strict=True)], stats)

@@ -1,0 +1,56 @@
+"""What every solver takes and gives."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_blpo.curvature import Curvature
+
+
+class Solution(NamedTuple):
+    """
+    Outcome of a solve.
+
+    :param x: Approximate solution of (H + alpha I) x = g in the curvature's representation (n,)
+    :param ok: Whether the solve succeeded; where not, x means nothing ()
+    :param iterations: Number of iterations, 0 for direct solvers
+    """
+
+    x: th.Tensor
+    ok: th.Tensor
+    iterations: int = 0
+
+
+class Solver(ABC):
+    """A way to solve (H + alpha I) x = g."""
+
+    @abstractmethod
+    def draw(self, like: th.Tensor, generator: th.Generator) -> None:
+        """
+        Make this solver's random choices, once per ``train()``.
+
+        :param like: A parameter vector, for its length, dtype and device (n_params,)
+        :param generator: Source of the randomness, on the CPU
+        """
+
+    @abstractmethod
+    def solve(self, curvature: Curvature, alpha: th.Tensor) -> Solution:
+        """
+        :param curvature: H and g
+        :param alpha: Damping, positive ()
+        :return: The solution, with a failure as a value: no exception leaves a solver
+        """
+
+
+def relative_residual(curvature: Curvature, alpha: th.Tensor, x: th.Tensor) -> th.Tensor:
+    """
+    :param curvature: H and g
+    :param alpha: Damping ()
+    :param x: Approximate solution (n,)
+    :return: Norm of g - (H + alpha I) x relative to that of g, 0 where g is 0 ()
+    """
+    g = curvature.g
+    r = g - curvature.H_v(x) - alpha * x
+    r_squared, g_squared = curvature.dot(r, r).clamp_min(0), curvature.dot(g, g).clamp_min(0)
+    return th.where(g_squared > 0, (r_squared / g_squared).sqrt(), r_squared.sqrt())

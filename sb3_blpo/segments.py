@@ -1,0 +1,219 @@
+"""
+Minibatches of BLPO: time-ordered blocks of the rollout, each with the observations that its values bootstrap from.
+
+SB3's rollout buffer, or the user's, is read in its (n_steps, n_envs) layout; its ``get()``, which shuffles transitions, is not
+called.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_blpo import gae
+
+
+class Truncation(NamedTuple):
+    """
+    A step of the rollout that was cut short, and where it led.
+
+    :param step: Index of the step in the rollout
+    :param env: Index of the environment
+    :param observation: Terminal observation, as the policy takes it (1, ...)
+    """
+
+    step: int
+    env: int
+    observation: PyTorchObs
+
+
+def join(observations: list[PyTorchObs]) -> PyTorchObs:
+    """
+    :param observations: Batches of observations, at least one
+    :return: One batch of them all
+    """
+    first = observations[0]
+    if isinstance(first, dict):
+        return {key: th.cat([obs[key] for obs in observations]) for key in first}  # type: ignore[index]
+    return th.cat(observations)  # type: ignore[arg-type]
+
+
+def _cut(observations: PyTorchObs, steps: slice, envs: slice) -> PyTorchObs:
+    """Take a block of (n_steps, n_envs, ...) observations, its steps and environments joined, steps first."""
+    if isinstance(observations, dict):
+        return {key: obs[steps, envs].flatten(0, 1) for key, obs in observations.items()}
+    return observations[steps, envs].flatten(0, 1)
+
+
+class Segment(NamedTuple):
+    """
+    A minibatch: T consecutive steps of B environments, N = T B transitions. Flat tensors join steps and environments, steps
+    first.
+
+    :param observations: s_t, then the states after the last steps, then terminal observations (N + B + n_truncated, ...)
+    :param actions: (N, ...) or, if discrete, (N,)
+    :param old_log_prob: log pi_old(a_t|s_t) (N,)
+    :param returns: The lambda-returns of the rollout, the critic's target (N,)
+    :param rewards: r_t without the bootstrap value that SB3 adds at truncations (T, B)
+    :param done: 1 where the step ended the episode, else 0 (T, B)
+    :param last_returns: lambda-returns of the states after the last steps where the segment ends inside the rollout (B,);
+        ``None`` at the rollout's end
+    :param truncated: Flat indices of the truncated steps (n_truncated,)
+    """
+
+    observations: PyTorchObs
+    actions: th.Tensor
+    old_log_prob: th.Tensor
+    returns: th.Tensor
+    rewards: th.Tensor
+    done: th.Tensor
+    last_returns: th.Tensor | None
+    truncated: th.Tensor
+
+    @property
+    def n_transitions(self) -> int:
+        """Number N of transitions."""
+        return self.rewards.numel()
+
+    @property
+    def states(self) -> PyTorchObs:
+        """The observations s_t (N, ...)."""
+        n = self.n_transitions
+        if isinstance(self.observations, dict):
+            return {key: obs[:n] for key, obs in self.observations.items()}
+        return self.observations[:n]
+
+    def advantages(self, values: th.Tensor, gamma: float, gae_lambda: float) -> th.Tensor:
+        """
+        :param values: Of :attr:`observations` under the current critic
+        :param gamma: Discount factor
+        :param gae_lambda: Factor of GAE
+        :return: Advantages under that critic (N,)
+        """
+        n_envs = self.rewards.shape[1]
+        states, last, terminal = values.split([self.n_transitions, n_envs, len(self.truncated)])
+        terminal_values = th.zeros_like(states).index_copy(0, self.truncated, terminal)
+        return gae.advantages(
+            self.rewards,
+            states.view_as(self.rewards),
+            last,
+            self.last_returns,
+            terminal_values.view_as(self.rewards),
+            self.done,
+            gamma,
+            gae_lambda,
+        ).flatten()
+
+    def return_gradient(self, weights: th.Tensor, gamma: float, gae_lambda: float) -> th.Tensor:
+        """
+        Coefficients c of sum_t weights_t grad Q_t = sum_j c_j grad V(s_j), Q_t the lambda-returns (math: z, then c).
+
+        :param weights: (N,)
+        :param gamma: Discount factor
+        :param gae_lambda: Factor of GAE
+        :return: c, one for each of :attr:`observations`
+        """
+        by = gae.return_gradient(
+            weights.view_as(self.rewards), self.done, gamma, gae_lambda, inside_rollout=self.last_returns is not None
+        )
+        return th.cat([by.values.flatten(), by.last_values, by.terminal_values.flatten()[self.truncated]])
+
+    def trace(self, x: th.Tensor, gamma: float, gae_lambda: float) -> th.Tensor:
+        """
+        Eligibility trace e_k = x_k + gamma lambda e_{k-1} inside each episode of the segment.
+
+        :param x: (N,)
+        :param gamma: Discount factor
+        :param gae_lambda: Factor of GAE
+        :return: e (N,)
+        """
+        keep = gamma * gae_lambda * (1 - self.done)
+        return gae.discounted_sum_adjoint(x.view_as(self.rewards), keep).flatten()
+
+
+class Rollout:
+    """
+    A finished rollout, ready to be cut into segments.
+
+    :param buffer: The full rollout buffer
+    :param last_observation: Observation after the last step, as the policy takes it (n_envs, ...)
+    :param last_done: Whether the last step ended the episode (n_envs,)
+    :param truncations: The rollout's truncated steps
+    :param terminal_values: Their terminal observations' values under the rollout's critic (n_truncated,)
+    :param gamma: Discount factor with which SB3 added these values to the rewards
+    """
+
+    def __init__(
+        self,
+        buffer: RolloutBuffer,
+        last_observation: PyTorchObs,
+        last_done: np.ndarray,
+        truncations: list[Truncation],
+        terminal_values: th.Tensor,
+        gamma: float,
+    ) -> None:
+        device = buffer.device
+        self.n_steps, self.n_envs = buffer.rewards.shape
+        self.last_observation = last_observation
+        self.truncations = truncations
+        if isinstance(buffer.observations, dict):
+            self.observations: PyTorchObs = {key: th.as_tensor(obs, device=device) for key, obs in buffer.observations.items()}
+        else:
+            self.observations = th.as_tensor(buffer.observations, device=device)
+        # As SB3's buffer hands them out: float32, int64 for discrete actions
+        actions = th.as_tensor(buffer.actions.astype(np.float32), device=device)
+        self.actions = actions.long().squeeze(2) if isinstance(buffer.action_space, spaces.Discrete) else actions
+        self.old_log_prob = th.as_tensor(buffer.log_probs, device=device)
+        self.returns = th.as_tensor(buffer.returns, device=device)
+        done = np.concatenate([buffer.episode_starts[1:], last_done[None]])
+        self.done = th.as_tensor(done.astype(np.float32), device=device)
+        rewards = buffer.rewards.copy()
+        for truncation, value in zip(truncations, terminal_values.cpu().numpy(), strict=True):
+            rewards[truncation.step, truncation.env] -= gamma * value
+        self.rewards = th.as_tensor(rewards, device=device)
+
+    def segments(self, batch_size: int) -> Iterator[Segment]:
+        """
+        Cut the rollout, in order.
+
+        :param batch_size: Number of transitions: up to n_steps, consecutive steps of one environment; above, the whole
+            rollouts of ``batch_size // n_steps`` environments. What does not divide gives a shorter last segment.
+        :return: The segments, each transition in exactly one of them
+        """
+        length = min(batch_size, self.n_steps)
+        width = max(1, batch_size // self.n_steps)
+        for first_env in range(0, self.n_envs, width):
+            for first_step in range(0, self.n_steps, length):
+                yield self._segment(
+                    slice(first_step, min(first_step + length, self.n_steps)),
+                    slice(first_env, min(first_env + width, self.n_envs)),
+                )
+
+    def _segment(self, steps: slice, envs: slice) -> Segment:
+        inside_rollout = steps.stop < self.n_steps
+        if inside_rollout:
+            following = _cut(self.observations, slice(steps.stop, steps.stop + 1), envs)
+        elif isinstance(self.last_observation, dict):
+            following = {key: obs[envs] for key, obs in self.last_observation.items()}
+        else:
+            following = self.last_observation[envs]
+        truncations = [t for t in self.truncations if steps.start <= t.step < steps.stop and envs.start <= t.env < envs.stop]
+        width = envs.stop - envs.start
+        return Segment(
+            join([_cut(self.observations, steps, envs), following, *(t.observation for t in truncations)]),
+            self.actions[steps, envs].flatten(0, 1),
+            self.old_log_prob[steps, envs].flatten(),
+            self.returns[steps, envs].flatten(),
+            self.rewards[steps, envs],
+            self.done[steps, envs],
+            self.returns[steps.stop, envs] if inside_rollout else None,
+            th.tensor(
+                [(t.step - steps.start) * width + t.env - envs.start for t in truncations],
+                dtype=th.long,
+                device=self.rewards.device,
+            ),
+        )
