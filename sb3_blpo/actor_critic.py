@@ -31,10 +31,11 @@ def unshare_features_extractor(policy: ActorCriticPolicy) -> None:
 
     :param policy: The policy, changed in place
     """
-    if not policy.share_features_extractor or not any(True for _ in policy.features_extractor.parameters()):
-        return
-    policy.vf_features_extractor = copy.deepcopy(policy.features_extractor)
-    policy.share_features_extractor = False
+    if policy.share_features_extractor:
+        if not any(True for _ in policy.features_extractor.parameters()):
+            return
+        policy.vf_features_extractor = copy.deepcopy(policy.features_extractor)
+        policy.share_features_extractor = False
     # SB3's list of constructor arguments lacks this one, and `policy.save()` and `load()` would silently merge the extractors
     policy._get_constructor_parameters = functools.partial(_constructor_parameters, policy)  # type: ignore[method-assign]
 
@@ -85,14 +86,13 @@ class Critic(nn.Module):
 
     :param policy: The policy
     :param parameters: The critic's trainable parameters by their names in the policy
-    :param layerwise: Whether the Jacobian may use :class:`~sb3_blpo.jacobian.LayerJacobian` where the critic allows it
     """
 
-    def __init__(self, policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter], layerwise: bool = True) -> None:
+    def __init__(self, policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self.policy = policy
         self.trainable: dict[str, th.Tensor] = {f"policy.{name}": parameter for name, parameter in parameters.items()}
-        self.layers = linear_layers(policy, list(parameters.values())) if layerwise else None
+        self.layers = linear_layers(policy, list(parameters.values()))
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
         """

@@ -192,6 +192,9 @@ class BLPO(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_arguments(self)
+        for name in ("learning_rate", "critic_learning_rate", "clip_range"):
+            if not callable(getattr(self, name)):
+                setattr(self, name, float(getattr(self, name)))  # SB3's schedules refuse numpy's numbers
         super()._setup_model()
         self.clip_range = FloatSchedule(self.clip_range)
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
@@ -201,7 +204,7 @@ class BLPO(OnPolicyAlgorithm):
         optimizer_kwargs: dict[str, Any] = self.policy.optimizer_kwargs
         self.policy.optimizer = make_optimizer(list(actor.values()), lr=self.lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
         self.critic_optimizer = make_optimizer(list(critic.values()), lr=self.critic_lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
-        self.critic = Critic(self.policy, critic, layerwise=self.curvature == "gauss_newton")
+        self.critic = Critic(self.policy, critic)
         settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
         self.damping = settings.pop("damping")
         self.solver = make_solver(self.ihvp_solver, **settings)
@@ -267,6 +270,7 @@ class BLPO(OnPolicyAlgorithm):
         for env, (done, info) in enumerate(zip(dones, infos, strict=True)):
             terminal = info.get("terminal_observation")
             if done and terminal is not None and info.get("TimeLimit.truncated", False):
+                check_finite("terminal observations", terminal)
                 observation = self.policy.obs_to_tensor(copy.deepcopy(terminal))[0]
                 self._truncations.append(Truncation(self.rollout_buffer.pos, env, observation))
 

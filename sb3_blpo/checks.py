@@ -19,12 +19,12 @@ def scheduled(name: str, schedule: Schedule, progress_remaining: float) -> float
     :param schedule: A schedule
     :param progress_remaining: From 1 to 0
     :return: Its value
-    :raises ValueError: If that is negative, NaN or infinite
+    :raises ValueError: If that is negative, NaN or infinite, or no number
     """
-    value = schedule(progress_remaining)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"`{name}` must be finite and >= 0, but is {value} at progress_remaining={progress_remaining}.")
-    return value
+    value: Any = schedule(progress_remaining)
+    if not NON_NEGATIVE.check(value):
+        raise ValueError(f"`{name}` must be finite and >= 0, but is {value!r} at progress_remaining={progress_remaining}.")
+    return float(value)
 
 
 def check_finite(name: str, array: Any) -> None:

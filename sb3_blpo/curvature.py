@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 import torch as th
 
-from sb3_blpo.jacobian import FunctionalJacobian, Jacobian
+from sb3_blpo.jacobian import Jacobian
 
 #: Up to this many values the Gauss-Newton algebra is done among values (a Gram matrix of 8 MiB in float64), above it among
 #: parameters, so that memory grows linearly with the minibatch
@@ -160,9 +160,7 @@ class Hessian(GaussNewton):
     :param residuals: V_t - R_t (n_steps,)
     """
 
-    jacobian: FunctionalJacobian
-
-    def __init__(self, jacobian: FunctionalJacobian, c: th.Tensor, residuals: th.Tensor) -> None:
+    def __init__(self, jacobian: Jacobian, c: th.Tensor, residuals: th.Tensor) -> None:
         super().__init__(jacobian, c, len(residuals))
         rest = residuals.new_zeros(len(c) - len(residuals))
         self.weights = th.cat([2 / self.n_steps * residuals, rest])

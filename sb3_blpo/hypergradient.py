@@ -16,7 +16,7 @@ import torch as th
 from sb3_blpo.curvature import MAX_GRAM_ROWS, Curvature, GaussNewton, GramGaussNewton, Hessian
 from sb3_blpo.ihvp import Exact, Solver
 from sb3_blpo.ihvp.base import relative_residual
-from sb3_blpo.jacobian import FunctionalJacobian, Jacobian
+from sb3_blpo.jacobian import Jacobian
 from sb3_blpo.segments import Segment
 
 
@@ -97,7 +97,6 @@ def best_response(
     alpha = damping * 2 / n_steps * jacobian.squared_norm(n_steps)
     system: Curvature
     if curvature == "hessian":
-        assert isinstance(jacobian, FunctionalJacobian)
         system = Hessian(jacobian, coefficients, residuals)
     elif isinstance(solver, Exact) or (jacobian.cheap_gram and len(coefficients) <= MAX_GRAM_ROWS):
         system = GramGaussNewton(jacobian, coefficients, n_steps)
@@ -145,10 +144,11 @@ def capped_correction(
     if max_correction_ratio is not None:
         scale = th.where(norm > 0, max_correction_ratio * direct_norm / norm, scale).clamp(max=1)
     inner = th.stack([(a * b).sum() for a, b in zip(direct, correction, strict=True)]).sum()
+    tiny = th.finfo(norm.dtype).tiny  # No correction at all (gae_lambda=1) has the ratio and the cosine 0
     return Correction(
         [th.where(ok, scale * part, 0) for part in correction],
-        norm / direct_norm,
-        inner / (direct_norm * norm),
+        norm / direct_norm.clamp_min(tiny),
+        inner / (direct_norm * norm).clamp_min(tiny),
         scale < 1,
         ~ok,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch as th
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 
@@ -64,6 +65,14 @@ class Jacobian(ABC):
         :return: The sum of their squared norms, the trace of J^T J for these rows ()
         """
 
+    @abstractmethod
+    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
+        """
+        :param w: Weights of the values (n_rows,)
+        :param v: Parameter vector (n_params,)
+        :return: (sum_j w_j Hessian of V(s_j)) v (n_params,)
+        """
+
 
 class LayerJacobian(Jacobian):
     """
@@ -81,6 +90,7 @@ class LayerJacobian(Jacobian):
     chunk_elements = 2**22
 
     def __init__(self, body: nn.Sequential, features: th.Tensor) -> None:
+        self.body = body
         self.layers = [module for module in body if isinstance(module, nn.Linear)]
         self.inputs: list[th.Tensor] = []
         outputs = []
@@ -164,6 +174,10 @@ class LayerJacobian(Jacobian):
             total += (signal[:n].square().sum(dim=1) * (h_squared if layer.bias is None else h_squared + 1)).sum()
         return total
 
+    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
+        parameters = {name: parameter.detach() for name, parameter in self.body.named_parameters()}
+        return _hessian_v(lambda p: functional_call(self.body, p, (self.inputs[0],)).flatten(), parameters, w, v)
+
 
 class FunctionalJacobian(Jacobian):
     """
@@ -188,25 +202,15 @@ class FunctionalJacobian(Jacobian):
         values, self._vjp = th.func.vjp(critic, self.parameters)[:2]
         super().__init__(values.detach(), sum(parameter.numel() for parameter in parameters.values()))
 
-    def _flatten(self, tree: dict[str, th.Tensor]) -> th.Tensor:
-        return th.cat([tree[name].flatten() for name in self.parameters])
-
-    def _unflatten(self, v: th.Tensor) -> dict[str, th.Tensor]:
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        return {
-            name: part.view_as(parameter)
-            for (name, parameter), part in zip(self.parameters.items(), v.split(sizes), strict=True)
-        }
-
     def J_v(self, v: th.Tensor) -> th.Tensor:
         if v.ndim == 2:
             return th.stack([self.J_v(column) for column in v.T], dim=1)
-        return th.func.jvp(self.critic, (self.parameters,), (self._unflatten(v),))[1]
+        return th.func.jvp(self.critic, (self.parameters,), (_unflatten(v, self.parameters),))[1]
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
         if w.ndim == 2:
             return th.stack([self.Jt_w(column) for column in w.T], dim=1)
-        return self._flatten(self._vjp(w)[0])
+        return _flatten(self._vjp(w)[0])
 
     def columns(self, index: th.Tensor) -> th.Tensor:
         unit = self.values.new_zeros(self.n_params)
@@ -222,13 +226,20 @@ class FunctionalJacobian(Jacobian):
         return th.stack([self.Jt_w(probe).square().sum() for probe in probes]).mean()
 
     def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
-        """
-        :param w: Weights of the values (n_rows,)
-        :param v: Parameter vector (n_params,)
-        :return: (sum_j w_j Hessian of V(s_j)) v (n_params,)
-        """
+        return _hessian_v(self.critic, self.parameters, w, v)
 
-        def weighted_sum(parameters: dict[str, th.Tensor]) -> th.Tensor:
-            return (w * self.critic(parameters)).sum()
 
-        return self._flatten(th.func.jvp(th.func.grad(weighted_sum), (self.parameters,), (self._unflatten(v),))[1])
+def _flatten(tree: dict[str, th.Tensor]) -> th.Tensor:
+    return th.cat([part.flatten() for part in tree.values()])
+
+
+def _unflatten(v: th.Tensor, parameters: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+    parts = v.split([parameter.numel() for parameter in parameters.values()])
+    return {name: part.view_as(parameter) for (name, parameter), part in zip(parameters.items(), parts, strict=True)}
+
+
+def _hessian_v(
+    critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], w: th.Tensor, v: th.Tensor
+) -> th.Tensor:
+    gradient = th.func.grad(lambda p: (w * critic(p)).sum())
+    return _flatten(th.func.jvp(gradient, (parameters,), (_unflatten(v, parameters),))[1])

@@ -34,12 +34,12 @@ class Truncation(NamedTuple):
 def join(observations: list[PyTorchObs]) -> PyTorchObs:
     """
     :param observations: Batches of observations, at least one
-    :return: One batch of them all
+    :return: One batch of them all, in the first one's shape: Discrete ones are (n, 1) in the buffer, (n,) elsewhere
     """
     first = observations[0]
     if isinstance(first, dict):
-        return {key: th.cat([obs[key] for obs in observations]) for key in first}  # type: ignore[index]
-    return th.cat(observations)  # type: ignore[arg-type]
+        return {key: th.cat([obs[key].reshape(-1, *value.shape[1:]) for obs in observations]) for key, value in first.items()}  # type: ignore[index]
+    return th.cat([obs.reshape(-1, *first.shape[1:]) for obs in observations])  # type: ignore[union-attr]
 
 
 def _cut(observations: PyTorchObs, steps: slice, envs: slice) -> PyTorchObs:

@@ -43,6 +43,14 @@ class Solver(ABC):
         """
 
 
+def failure(curvature: Curvature) -> Solution:
+    """
+    :param curvature: H and g
+    :return: What a solver gives where it could not even begin
+    """
+    return Solution(th.zeros_like(curvature.g), th.zeros((), dtype=th.bool, device=curvature.g.device))
+
+
 def relative_residual(curvature: Curvature, alpha: th.Tensor, x: th.Tensor) -> th.Tensor:
     """
     :param curvature: H and g

@@ -3,7 +3,7 @@
 import torch as th
 
 from sb3_blpo.curvature import Curvature
-from sb3_blpo.ihvp.base import Solution, Solver
+from sb3_blpo.ihvp.base import Solution, Solver, failure
 from sb3_blpo.ihvp.nystrom import Nystrom
 
 
@@ -30,26 +30,27 @@ class ConjugateGradient(Solver):
 
     def solve(self, curvature: Curvature, alpha: th.Tensor) -> Solution:
         x = th.zeros_like(curvature.g)
-        ok = th.ones((), dtype=th.bool, device=x.device)
         precondition = None
         if self.preconditioner is not None:
             precondition = self.preconditioner.inverse(curvature, alpha)
             if precondition is None:
-                return Solution(x, ~ok)
+                return failure(curvature)
         r = curvature.g
-        stop = self.tol * curvature.dot(r, r).clamp_min(0).sqrt()
+        g_norm = curvature.dot(r, r).clamp_min(0).sqrt()
+        stop = self.tol * g_norm
         p, r_z_old = th.zeros_like(r), th.ones_like(stop)
         for iteration in range(self.max_iter):
             r_norm = curvature.dot(r, r).clamp_min(0).sqrt()
             if r_norm <= stop:
-                return Solution(x, ok, iteration)
+                return Solution(x, r_norm.isfinite(), iteration)
             z = r if precondition is None else precondition(r)
             r_z = curvature.dot(r, z)
             p = z + r_z / r_z_old * p
             A_p = curvature.H_v(p) + alpha * p
             p_A_p = curvature.dot(p, A_p)
             if not (p_A_p > 0 and r_z > 0):  # NaN fails as well
-                return Solution(x, ~ok, iteration)
+                # Where only rounding is left of the residual, the signs mean nothing and x is as good as it gets
+                return Solution(x, r_norm <= th.finfo(x.dtype).eps ** 0.5 * g_norm, iteration)
             step = r_z / p_A_p
             x = x + step * p
             r = r - step * A_p

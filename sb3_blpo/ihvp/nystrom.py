@@ -5,13 +5,14 @@ from collections.abc import Callable
 import torch as th
 
 from sb3_blpo.curvature import Curvature
-from sb3_blpo.ihvp.base import Solution, Solver
+from sb3_blpo.ihvp.base import Solution, Solver, failure
 
 
 class Nystrom(Solver):
     """
-    Replace H by its Nyström approximation C M^+ C^T, C = H Omega, M = Omega^T H Omega, whose regularised inverse is, by the
-    Woodbury identity, (H_Q + alpha I)^-1 = I/alpha - (1/alpha^2) C (M + C^T C/alpha)^+ C^T.
+    Replace H by its Nyström approximation H_Q = C M^+ C^T, C = H Omega, M = Omega^T H Omega, whose regularised inverse is, by
+    the Woodbury identity, (H_Q + alpha I)^-1 = I/alpha - (1/alpha^2) C (M + C^T C/alpha)^-1 C^T. It is computed from
+    T = C M^(-1/2), as I/alpha - (1/alpha) T (alpha I + T^T T)^-1 T^T.
 
     :param rank: Number k of columns of Omega, at least 1, clamped to the number of parameters
     :param sketch: "columns" (the paper's): k of the unit vectors, so that C are columns of H; "gaussian": k random
@@ -39,24 +40,33 @@ class Nystrom(Solver):
         :return: The map x -> (H_Q + alpha I)^-1 x; ``None`` where the factorisation failed
         """
         C, M = curvature.sketch(self.omega)
-        W = M.double() + curvature.dot(C, C).double() / alpha
         try:
-            eigenvalues, Q = th.linalg.eigh((W + W.T) / 2)
+            eigenvalues, V = th.linalg.eigh(M.double())
+            # A sampled parameter without gradient (dead ReLU) makes M singular: pseudo-inverse, cut off where rounding begins
+            kept = _above_rounding(eigenvalues, C.dtype)
+            # H_Q = T S T^T with S = ±1, positive for the Gauss-Newton matrix. Then W below is as well-conditioned as
+            # H_Q + alpha I, which M + C^T C/alpha is not
+            T = C @ (V * th.where(kept, eigenvalues.abs().rsqrt(), 0)).to(C.dtype)
+            S = th.where(kept, eigenvalues.sign(), 1)
+            eigenvalues, V = th.linalg.eigh(curvature.dot(T, T).double() + alpha * S.diag())
         except th.linalg.LinAlgError:
             return None
-        # A sampled parameter without gradient (dead ReLU) makes W singular: pseudo-inverse, cut off where rounding begins
-        magnitude = eigenvalues.abs()
-        kept = magnitude > len(W) * th.finfo(curvature.g.dtype).eps * magnitude.max()
-        W_pinv = ((Q * th.where(kept, 1 / eigenvalues, 0)) @ Q.T).to(C.dtype)
+        kept = _above_rounding(eigenvalues, th.float64)
+        W_inverse = ((V * th.where(kept, 1 / eigenvalues, 0)) @ V.T).to(C.dtype)
 
         def apply(x: th.Tensor) -> th.Tensor:
-            return (x - C @ (W_pinv @ curvature.dot(C, x)) / alpha) / alpha
+            return (x - T @ (W_inverse @ curvature.dot(T, x))) / alpha
 
         return apply
 
     def solve(self, curvature: Curvature, alpha: th.Tensor) -> Solution:
         inverse = self.inverse(curvature, alpha)
         if inverse is None:
-            return Solution(th.zeros_like(curvature.g), th.zeros((), dtype=th.bool, device=curvature.g.device))
+            return failure(curvature)
         x = inverse(curvature.g)
         return Solution(x, x.isfinite().all())
+
+
+def _above_rounding(eigenvalues: th.Tensor, dtype: th.dtype) -> th.Tensor:
+    magnitude = eigenvalues.abs()
+    return magnitude > len(magnitude) * th.finfo(dtype).eps * magnitude.max()

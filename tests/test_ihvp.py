@@ -1,0 +1,254 @@
+"""Every solver on every kind of matrix, against the dense solve in float64."""
+
+import itertools
+
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_blpo.curvature import Curvature, GaussNewton, GramGaussNewton, Hessian
+from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solver, make_solver
+from sb3_blpo.ihvp.base import relative_residual
+from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
+
+N_STEPS = 12
+
+
+class DenseJacobian(Jacobian):
+    """A Jacobian that is a matrix."""
+
+    cheap_gram = True
+
+    def __init__(self, J: th.Tensor) -> None:
+        super().__init__(J.new_zeros(len(J)), J.shape[1])
+        self.J = J
+
+    def J_v(self, v):
+        return self.J @ v
+
+    def Jt_w(self, w):
+        return self.J.T @ w
+
+    def columns(self, index):
+        return self.J[:, index]
+
+    def gram(self):
+        return self.J @ self.J.T
+
+    def squared_norm(self, n):
+        return self.J[:n].square().sum()
+
+    def hessian_v(self, w, v):
+        return th.zeros_like(v)  # a linear critic
+
+
+def spectrum_jacobian(n_rows: int, n_params: int, singular_values: th.Tensor) -> th.Tensor:
+    U = th.linalg.qr(th.randn(n_rows, n_rows, dtype=th.float64)).Q
+    V = th.linalg.qr(th.randn(n_params, n_params, dtype=th.float64)).Q
+    k = len(singular_values)
+    return U[:, :k] * singular_values @ V[:, :k].T
+
+
+def jacobian_matrix(kind: str) -> th.Tensor:
+    """15 rows, 3 of them bootstrap observations, and 20 parameters (8 in "tall")."""
+    th.manual_seed(3)
+    if kind == "random":
+        return th.randn(15, 20, dtype=th.float64)
+    if kind == "tall":
+        return th.randn(15, 8, dtype=th.float64)
+    if kind == "ill-conditioned":
+        return spectrum_jacobian(15, 20, 10.0 ** -th.arange(15, dtype=th.float64))
+    if kind == "low rank":
+        return spectrum_jacobian(15, 20, th.tensor([3.0, 2.0, 1.0], dtype=th.float64))
+    J = th.randn(15, 20, dtype=th.float64)
+    J[:, ::3] = 0  # dead units
+    return J
+
+
+KINDS = ["random", "tall", "ill-conditioned", "low rank", "zero columns"]
+REPRESENTATIONS = {"gram": GramGaussNewton, "parameters": GaussNewton}
+SOLVERS: dict[str, Solver] = {
+    "exact": Exact(),
+    "cg": ConjugateGradient(200, 1e-13),
+    "nystrom gaussian": Nystrom(10**6, "gaussian"),
+    "nystrom columns": Nystrom(10**6, "columns"),
+    "nystrom_cg": ConjugateGradient(200, 1e-13, Nystrom(5, "gaussian")),
+    "nystrom_cg columns": ConjugateGradient(200, 1e-13, Nystrom(5, "columns")),
+}
+
+
+def system(kind: str, representation: str, c_scale: float = 1.0) -> tuple[Curvature, th.Tensor, th.Tensor, th.Tensor]:
+    """The curvature object, and dense H, g and J."""
+    J = jacobian_matrix(kind)
+    c = c_scale * th.randn(len(J), dtype=th.float64)
+    H = 2 / N_STEPS * J[:N_STEPS].T @ J[:N_STEPS]
+    return REPRESENTATIONS[representation](DenseJacobian(J), c, N_STEPS), H, J.T @ c, J
+
+
+@pytest.mark.parametrize("c_scale", [1.0, 1e-12, 0.0], ids=["right side 1", "tiny right side", "zero right side"])
+@pytest.mark.parametrize("damping", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_agree_with_the_dense_solve(name, kind, representation, damping, c_scale):
+    curvature, H, g, J = system(kind, representation, c_scale)
+    alpha = damping * H.trace()
+    expected = th.linalg.solve(H + alpha * th.eye(len(H), dtype=th.float64), g)
+    solver = SOLVERS[name]
+    solver.draw(J[0], th.Generator().manual_seed(0))
+    solution = solver.solve(curvature, alpha)
+    assert solution.ok
+    tolerance = {"rtol": 1e-8, "atol": 1e-8 * max(expected.abs().max().item(), 1e-300)}
+    th.testing.assert_close(curvature.to_parameters(solution.x), expected, **tolerance)
+    u = J[:N_STEPS] @ expected
+    th.testing.assert_close(curvature.to_values(solution.x), u, rtol=1e-8, atol=1e-8 * max(u.abs().max().item(), 1e-300))
+    assert relative_residual(curvature, alpha, solution.x) < 1e-7
+
+
+@pytest.mark.parametrize("sketch", ["gaussian", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [1, 4])
+def test_nystrom_is_its_formula(sketch, kind, rank):
+    """(H_Q + alpha I)^-1 g with H_Q = C M^+ C^T formed and inverted densely; both representations."""
+    for representation in REPRESENTATIONS:
+        curvature, H, g, J = system(kind, representation)
+        alpha = 0.01 * H.trace()
+        solver = Nystrom(rank, sketch)
+        solver.draw(J[0], th.Generator().manual_seed(1))
+        omega = solver.omega if sketch == "gaussian" else th.eye(len(H), dtype=th.float64)[:, solver.omega]
+        C = H @ omega
+        H_Q = C @ th.linalg.pinv(omega.T @ C, hermitian=True, rtol=1e-12) @ C.T
+        expected = th.linalg.solve(H_Q + alpha * th.eye(len(H), dtype=th.float64), g)
+        actual = curvature.to_parameters(solver.solve(curvature, alpha).x)
+        th.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("sketch", ["gaussian", "columns"])
+def test_nystrom_error_falls_with_the_rank(sketch):
+    th.manual_seed(0)
+    J = spectrum_jacobian(30, 30, 0.8 ** th.arange(30, dtype=th.float64))
+    errors = []
+    for rank in (1, 4, 12, 30):
+        total = 0.0
+        for seed in range(12):
+            curvature = GramGaussNewton(DenseJacobian(J), th.ones(30, dtype=th.float64), 30)
+            alpha = 0.01 * curvature.jacobian.squared_norm(30) * 2 / 30
+            solver = Nystrom(rank, sketch)
+            solver.draw(J[0], th.Generator().manual_seed(seed))
+            exact = Exact().solve(curvature, alpha).x
+            u = curvature.to_values(exact)
+            total += float((curvature.to_values(solver.solve(curvature, alpha).x) - u).norm() / u.norm())
+        errors.append(total / 12)
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors)), errors
+    assert errors[-1] < 1e-8
+
+
+def test_gaussian_sketch_beats_columns_at_the_same_rank():
+    th.manual_seed(0)
+    errors = {}
+    for sketch in ("gaussian", "columns"):
+        total = 0.0
+        for seed in range(20):
+            th.manual_seed(seed)
+            jacobian = LayerJacobian(
+                nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 1)).double(), th.randn(40, 6, dtype=th.float64)
+            )
+            curvature = GramGaussNewton(jacobian, th.randn(40, dtype=th.float64), 40)
+            alpha = 0.01 * jacobian.squared_norm(40) * 2 / 40
+            solver = Nystrom(10, sketch)
+            solver.draw(th.zeros(jacobian.n_params, dtype=th.float64), th.Generator().manual_seed(seed))
+            u = curvature.to_values(Exact().solve(curvature, alpha).x)
+            total += float((curvature.to_values(solver.solve(curvature, alpha).x) - u).norm() / u.norm())
+        errors[sketch] = total / 20
+    assert errors["gaussian"] < errors["columns"], errors
+
+
+def test_sketches_are_drawn_from_the_generator():
+    like = th.zeros(50)
+    for sketch in ("gaussian", "columns"):
+        first, second, third = Nystrom(5, sketch), Nystrom(5, sketch), Nystrom(5, sketch)
+        generator = th.Generator().manual_seed(0)
+        first.draw(like, generator)
+        second.draw(like, th.Generator().manual_seed(0))
+        third.draw(like, generator)
+        assert th.equal(first.omega, second.omega)
+        assert not th.equal(first.omega, third.omega)
+    assert len(first.omega.unique()) == 5
+
+
+def test_preconditioning_saves_iterations():
+    curvature, H, _, J = system("ill-conditioned", "gram")
+    alpha = 1e-6 * H.trace()
+    preconditioned = ConjugateGradient(200, 1e-10, Nystrom(12, "gaussian"))
+    preconditioned.draw(J[0], th.Generator().manual_seed(0))
+    assert preconditioned.solve(curvature, alpha).iterations < ConjugateGradient(200, 1e-10).solve(curvature, alpha).iterations
+
+
+def test_cg_tolerance_is_relative_and_max_iter_holds():
+    for scale in (1.0, 1e-9):
+        curvature, H, _, _ = system("random", "parameters", scale)
+        alpha = 0.01 * H.trace()
+        assert relative_residual(curvature, alpha, ConjugateGradient(100, 1e-3).solve(curvature, alpha).x) <= 1e-3
+    assert ConjugateGradient(3, 0.0).solve(curvature, alpha).iterations == 3
+
+
+def indefinite() -> tuple[Hessian, th.Tensor, th.Tensor, th.Tensor]:
+    th.manual_seed(0)
+    body, observations = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double(), th.randn(12, 3, dtype=th.float64)
+    jacobian = FunctionalJacobian(
+        lambda p: th.func.functional_call(body, p, (observations,)).flatten(), dict(body.named_parameters()), th.Generator()
+    )
+    c, residuals = th.randn(12, dtype=th.float64), 3 * th.randn(10, dtype=th.float64)
+    curvature = Hessian(jacobian, c, residuals)
+    H = curvature.H_v(th.eye(jacobian.n_params, dtype=th.float64))
+    assert th.linalg.eigvalsh(H)[0] < -0.1
+    return curvature, H, jacobian.Jt_w(c), th.tensor(0.05, dtype=th.float64)
+
+
+def test_indefinite_hessian():
+    curvature, H, g, alpha = indefinite()
+    expected = th.linalg.solve(H + alpha * th.eye(len(H), dtype=th.float64), g)
+    th.testing.assert_close(Exact().solve(curvature, alpha).x, expected, rtol=1e-9, atol=1e-9)
+    for sketch in ("gaussian", "columns"):
+        nystrom = Nystrom(len(H), sketch)
+        nystrom.draw(g, th.Generator().manual_seed(0))
+        th.testing.assert_close(nystrom.solve(curvature, alpha).x, expected, rtol=1e-6, atol=1e-6)
+    # No direction of positive curvature may be lacking: the solve has failed, and says so
+    assert not ConjugateGradient(100, 1e-12).solve(curvature, alpha).ok
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_failure_is_a_value(name, representation, bad):
+    solver = SOLVERS[name]
+    J = jacobian_matrix("random")
+    solver.draw(J[0], th.Generator().manual_seed(0))
+    J[3, 4] = bad
+    curvature = REPRESENTATIONS[representation](DenseJacobian(J), th.ones(15, dtype=th.float64), N_STEPS)
+    assert not solver.solve(curvature, th.tensor(0.1, dtype=th.float64)).ok
+    healthy, *_ = system("random", representation)
+    assert not solver.solve(healthy, th.tensor(bad, dtype=th.float64)).ok or bad == float("inf")
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_no_curvature_at_all_fails(name):
+    """A critic without any gradient has alpha = 0: there is nothing to invert."""
+    solver = SOLVERS[name]
+    J = th.zeros(15, 20, dtype=th.float64)
+    J[12:] = 1.0  # only the bootstrap observations have a gradient
+    solver.draw(J[0], th.Generator().manual_seed(0))
+    curvature = GaussNewton(DenseJacobian(J), th.ones(15, dtype=th.float64), N_STEPS)
+    assert not solver.solve(curvature, th.zeros((), dtype=th.float64)).ok
+
+
+def test_make_solver():
+    settings = {"rank": 3, "sketch": "columns", "max_iter": 7, "tol": 0.5}
+    assert make_solver("none", **settings) is None
+    assert isinstance(make_solver("exact", **settings), Exact)
+    nystrom = make_solver("nystrom", **settings)
+    assert isinstance(nystrom, Nystrom) and (nystrom.rank, nystrom.sketch) == (3, "columns")
+    cg = make_solver("cg", **settings)
+    assert isinstance(cg, ConjugateGradient) and (cg.max_iter, cg.tol, cg.preconditioner) == (7, 0.5, None)
+    nystrom_cg = make_solver("nystrom_cg", **settings)
+    assert isinstance(nystrom_cg, ConjugateGradient) and isinstance(nystrom_cg.preconditioner, Nystrom)

@@ -1,0 +1,188 @@
+"""Products with the critic's Jacobian against the dense Jacobian, on both paths."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from brute_force import as_flat_function
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.utils import ConstantSchedule
+from torch import nn
+
+from sb3_blpo.actor_critic import Critic, split_parameters, unshare_features_extractor
+from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
+
+BODIES = {
+    "linear": lambda: nn.Sequential(nn.Linear(3, 1)),
+    "tanh": lambda: nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)),
+    "relu": lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)),
+    "silu": lambda: nn.Sequential(nn.Linear(3, 5), nn.SiLU(), nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 1)),
+    "elu, no bias": lambda: nn.Sequential(nn.Linear(3, 7, bias=False), nn.ELU(), nn.Linear(7, 1)),
+    "256, 256": lambda: nn.Sequential(nn.Linear(3, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1)),
+}  # fmt: skip
+
+
+def functional(critic: nn.Module, observations: th.Tensor) -> FunctionalJacobian:
+    parameters: dict[str, th.Tensor] = dict(critic.named_parameters())
+    return FunctionalJacobian(
+        lambda p: th.func.functional_call(critic, p, (observations,)).flatten(), parameters, th.Generator().manual_seed(0)
+    )
+
+
+@pytest.fixture(params=BODIES)
+def body(request):
+    th.manual_seed(0)
+    return BODIES[request.param]().double()
+
+
+@pytest.fixture(params=["layers", "functional"])
+def jacobian_and_dense(request, body):
+    observations = th.randn(11, 3, dtype=th.float64)
+    if request.param == "layers":
+        jacobian: Jacobian = LayerJacobian(body, observations)
+    else:
+        jacobian = functional(body, observations)
+    function, flat = as_flat_function(body, observations)
+    return jacobian, th.autograd.functional.jacobian(lambda p: function(p).flatten(), flat), body(observations).flatten()
+
+
+def test_products_equal_the_dense_jacobian(jacobian_and_dense):
+    jacobian, J, values = jacobian_and_dense
+    close = {"rtol": 1e-10, "atol": 1e-10}
+    th.testing.assert_close(jacobian.values, values.detach(), **close)
+    assert jacobian.n_params == J.shape[1]
+    v, V = th.randn(J.shape[1], dtype=th.float64), th.randn(J.shape[1], 3, dtype=th.float64)
+    w, W = th.randn(J.shape[0], dtype=th.float64), th.randn(J.shape[0], 3, dtype=th.float64)
+    th.testing.assert_close(jacobian.J_v(v), J @ v, **close)
+    th.testing.assert_close(jacobian.J_v(V), J @ V, **close)
+    th.testing.assert_close(jacobian.Jt_w(w), J.T @ w, **close)
+    th.testing.assert_close(jacobian.Jt_w(W), J.T @ W, **close)
+    th.testing.assert_close(jacobian.gram(), J @ J.T, **close)
+    index = th.randperm(J.shape[1])[:5]
+    th.testing.assert_close(jacobian.columns(index), J[:, index], **close)
+
+
+def test_layers_give_the_exact_squared_norm(body):
+    observations = th.randn(9, 3, dtype=th.float64)
+    function, flat = as_flat_function(body, observations)
+    J = th.autograd.functional.jacobian(lambda p: function(p).flatten(), flat)
+    th.testing.assert_close(LayerJacobian(body, observations).squared_norm(7), J[:7].square().sum(), rtol=1e-10, atol=0)
+
+
+def test_hutchinson_is_unbiased():
+    th.manual_seed(0)
+    body, observations = BODIES["tanh"]().double(), th.randn(9, 3, dtype=th.float64)
+    jacobian = functional(body, observations)
+    exact = LayerJacobian(body, observations).squared_norm(7)
+    estimates = th.stack([jacobian.squared_norm(7) for _ in range(400)])
+    standard_error = estimates.std() / len(estimates) ** 0.5
+    assert standard_error < 0.05 * exact
+    assert abs(estimates.mean() - exact) < 4 * standard_error
+
+
+def test_products_in_chunks_are_the_same():
+    th.manual_seed(0)
+    jacobian = LayerJacobian(BODIES["tanh"]().double(), th.randn(11, 3, dtype=th.float64))
+    V, W = th.randn(jacobian.n_params, 10, dtype=th.float64), th.randn(11, 10, dtype=th.float64)
+    whole = jacobian.J_v(V), jacobian.Jt_w(W)
+    jacobian.chunk_elements = 150  # 2 columns at a time
+    th.testing.assert_close((jacobian.J_v(V), jacobian.Jt_w(W)), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_hessian_product():
+    th.manual_seed(0)
+    body, observations = BODIES["silu"]().double(), th.randn(6, 3, dtype=th.float64)
+    function, flat = as_flat_function(body, observations)
+    w, v = th.randn(6, dtype=th.float64), th.randn(len(flat), dtype=th.float64)
+    H = th.autograd.functional.hessian(lambda p: (w * function(p).flatten()).sum(), flat)
+    for jacobian in (functional(body, observations), LayerJacobian(body, observations)):
+        th.testing.assert_close(jacobian.hessian_v(w, v), H @ v, rtol=1e-10, atol=1e-10)
+
+
+def make_critic(policy_class, observation_space, **policy_kwargs) -> Critic:
+    th.manual_seed(0)
+    policy = policy_class(observation_space, spaces.Discrete(2), ConstantSchedule(1e-3), **policy_kwargs)
+    unshare_features_extractor(policy)
+    return Critic(policy, split_parameters(policy, observation_space)[1])
+
+
+BOX = spaces.Box(-1, 1, (4,))
+IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+DICT = spaces.Dict({"a": BOX, "b": spaces.Discrete(3)})
+
+
+class OwnValues(ActorCriticPolicy):
+    """A policy whose value is not what its layers say."""
+
+    def predict_values(self, obs):
+        return super().predict_values(obs) ** 2
+
+
+class LayerNormExtractor(nn.Module):
+    """A custom network behind the features extractor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.policy_net, self.value_net = nn.Linear(width, 8), nn.Sequential(nn.Linear(width, 8), nn.LayerNorm(8))
+        self.latent_dim_pi = self.latent_dim_vf = 8
+
+    def forward_actor(self, features):
+        return self.policy_net(features)
+
+    def forward_critic(self, features):
+        return self.value_net(features)
+
+    def forward(self, features):
+        return self.forward_actor(features), self.forward_critic(features)
+
+
+class LayerNormPolicy(ActorCriticPolicy):
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = LayerNormExtractor(self.features_dim)
+
+
+@pytest.mark.parametrize(
+    ("policy_class", "observation_space", "policy_kwargs", "layers"),
+    [
+        (ActorCriticPolicy, BOX, {}, True),
+        (ActorCriticPolicy, BOX, {"net_arch": []}, True),
+        (ActorCriticPolicy, BOX, {"net_arch": [256, 256], "activation_fn": nn.ReLU}, True),
+        (ActorCriticPolicy, BOX, {"activation_fn": nn.SiLU}, True),
+        (ActorCriticPolicy, spaces.Discrete(5), {}, True),
+        (ActorCriticPolicy, spaces.MultiBinary(5), {}, True),
+        (MultiInputActorCriticPolicy, DICT, {}, True),
+        (ActorCriticPolicy, BOX, {"activation_fn": nn.PReLU}, False),
+        (ActorCriticPolicy, BOX, {"activation_fn": lambda: nn.ReLU(inplace=True)}, False),
+        (ActorCriticPolicy, BOX, {"activation_fn": nn.Dropout}, False),
+        (ActorCriticCnnPolicy, IMAGE, {}, False),
+        (OwnValues, BOX, {}, False),
+        (LayerNormPolicy, BOX, {}, False),
+    ],
+)
+def test_the_path_is_chosen_by_the_critic_and_both_agree(policy_class, observation_space, policy_kwargs, layers):
+    critic = make_critic(policy_class, observation_space, **policy_kwargs)
+    assert (critic.layers is not None) == layers
+    critic.policy.set_training_mode(False)
+    observations = gym.vector.utils.batch_space(observation_space, 6).sample()
+    obs_tensor = critic.policy.obs_to_tensor(observations)[0]
+    jacobian = critic.jacobian(obs_tensor, th.Generator())
+    assert type(jacobian) is (LayerJacobian if layers else FunctionalJacobian)
+    # Against plain autograd, row by row
+    values = critic(obs_tensor)
+    parameters = list(critic.trainable.values())
+    rows = [th.cat([g.flatten() for g in th.autograd.grad(value, parameters, retain_graph=True)]) for value in values]
+    w = th.randn(6)
+    th.testing.assert_close(jacobian.values, values.detach())
+    th.testing.assert_close(jacobian.Jt_w(w), th.stack(rows).T @ w, rtol=1e-4, atol=1e-4)
+    v = th.stack(rows)[0]
+    th.testing.assert_close(jacobian.J_v(v), th.stack(rows) @ v, rtol=1e-3, atol=1e-3)
+
+
+def test_a_frozen_layer_is_no_parameter():
+    th.manual_seed(0)
+    policy = ActorCriticPolicy(BOX, spaces.Discrete(2), ConstantSchedule(1e-3))
+    policy.mlp_extractor.value_net[0].requires_grad_(False)
+    critic = Critic(policy, split_parameters(policy, BOX)[1])
+    assert critic.layers is None
+    assert critic.jacobian(th.zeros(2, 4), th.Generator()).n_params == 64 * 65 + 65

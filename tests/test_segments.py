@@ -1,0 +1,156 @@
+"""Minibatches: what they hold, and that their advantages are SB3's."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_blpo import BLPO
+from sb3_blpo.segments import Segment
+
+
+class EndingEnv(gym.Env):
+    """Random observations; episodes end after 2 to 7 steps, terminated or truncated in turn."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, dict_observations: bool = False):
+        box = spaces.Box(-1, 1, (3,))
+        self.observation_space = spaces.Dict({"a": box, "b": box}) if dict_observations else box
+        self.episodes = 0
+
+    def observation(self):
+        if isinstance(self.observation_space, spaces.Dict):
+            return {key: self.np_random.uniform(-1, 1, 3).astype(np.float32) for key in self.observation_space}
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episodes += 1
+        self.left = int(self.np_random.integers(2, 8))
+        return self.observation(), {}
+
+    def step(self, action):
+        self.left -= 1
+        over = self.left == 0
+        reward = float(self.np_random.normal() + action)
+        return self.observation(), reward, over and self.episodes % 2 == 0, over and self.episodes % 2 == 1, {}
+
+
+def collect(n_steps: int, n_envs: int, dict_observations=False, normalize=False, **kwargs) -> BLPO:
+    """A model that has collected its second rollout and not trained on it."""
+    env = make_vec_env(EndingEnv, n_envs, seed=1, env_kwargs={"dict_observations": dict_observations})
+    if normalize:
+        env = VecNormalize(env, gamma=0.97)
+    policy = "MultiInputPolicy" if dict_observations else "MlpPolicy"
+    arguments = {"gamma": 0.97, "gae_lambda": 0.9, "seed": 3, "batch_size": n_steps * n_envs} | kwargs
+    model = BLPO(policy, env, n_steps=n_steps, **arguments)
+    _, callback = model._setup_learn(10**6)
+    for _ in range(2):
+        assert model.collect_rollouts(model.env, callback, model.rollout_buffer, n_steps)
+    return model
+
+
+def rows(segment: Segment, key: str | None = None) -> th.Tensor:
+    assert key is None or isinstance(segment.observations, dict)
+    return segment.observations if key is None else segment.observations[key]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dict_observations", [False, True])
+@pytest.mark.parametrize(
+    ("n_steps", "n_envs", "batch_size"),
+    [(32, 1, 32), (32, 3, 8), (32, 3, 7), (32, 3, 1), (32, 3, 64), (32, 5, 70), (32, 3, 1000), (1, 4, 1), (1, 4, 2)],
+)
+def test_advantages_under_the_rollouts_critic_are_those_of_sb3(n_steps, n_envs, batch_size, dict_observations, normalize):
+    """However the rollout is cut: a segment's end inside it truncates no lambda-return."""
+    model = collect(n_steps, n_envs, dict_observations, normalize, batch_size=batch_size)
+    buffer = model.rollout_buffer
+    found = []
+    for segment in model._segments():
+        with th.no_grad():
+            values = model.critic(segment.observations)
+        advantages = segment.advantages(values, model.gamma, model.gae_lambda)
+        th.testing.assert_close(segment.returns, advantages + values[: len(advantages)], rtol=1e-4, atol=1e-5)
+        found.append(th.stack([segment.old_log_prob, segment.returns, advantages], dim=1))
+    actual = th.cat(found).numpy()
+    expected = np.stack([buffer.log_probs.ravel(), buffer.returns.ravel(), buffer.advantages.ravel()], axis=1)
+    order = np.lexsort(actual.T[:2]), np.lexsort(expected.T[:2])
+    # Every transition is there exactly once, with its advantage
+    np.testing.assert_allclose(actual[order[0]], expected[order[1]], rtol=1e-4, atol=1e-5)
+    if n_steps == 32:
+        truncated = sum(len(segment.truncated) for segment in model._segments())
+        assert 0 < truncated < sum(int(segment.done.sum()) for segment in model._segments())
+
+
+@pytest.mark.parametrize("dict_observations", [False, True])
+@pytest.mark.parametrize(
+    ("batch_size", "blocks"), [(8, [(8, 1)] * 12), (7, [(7, 1)] * 4 + [(4, 1)]), (64, [(32, 2), (32, 1)])]
+)
+def test_blocks_keep_time_order_and_bootstrap_from_what_follows(batch_size, blocks, dict_observations):
+    model = collect(32, 3, dict_observations, batch_size=batch_size)
+    buffer, segments = model.rollout_buffer, model._segments()
+    key = "a" if dict_observations else None
+    observations = buffer.observations["a"] if dict_observations else buffer.observations
+    last = model._last_obs["a"] if dict_observations else model._last_obs
+    assert [tuple(s.rewards.shape) for s in segments[: len(blocks)]] == blocks
+    first_step, first_env = 0, 0
+    for segment in segments:
+        T, B = segment.rewards.shape
+        envs = slice(first_env, first_env + B)
+        np.testing.assert_array_equal(
+            rows(segment, key)[: T * B], observations[first_step : first_step + T, envs].reshape(T * B, 3)
+        )
+        np.testing.assert_array_equal(segment.actions, buffer.actions[first_step : first_step + T, envs].ravel())
+        following = observations[first_step + T, envs] if first_step + T < 32 else last[envs]
+        np.testing.assert_array_equal(rows(segment, key)[T * B : T * B + B], following)
+        done = np.append(buffer.episode_starts[1:], model._last_episode_starts[None], axis=0)
+        np.testing.assert_array_equal(segment.done, done[first_step : first_step + T, envs])
+        if first_step + T < 32:
+            np.testing.assert_array_equal(segment.last_returns, buffer.returns[first_step + T, envs])
+        else:
+            assert segment.last_returns is None
+        first_step = (first_step + T) % 32
+        first_env += B if first_step == 0 else 0
+
+
+def test_rewards_lose_the_bootstrap_of_the_rollouts_critic():
+    """SB3 adds gamma V(terminal observation) to a truncated step's reward; BLPO's critic moves on, so it comes off again."""
+    true_rewards = []
+
+    class Recorder(EndingEnv):
+        def step(self, action):
+            result = super().step(action)
+            true_rewards.append(result[1])
+            return result
+
+    model = BLPO("MlpPolicy", DummyVecEnv([Recorder]), n_steps=64, batch_size=64, seed=0, n_epochs=1)
+    _, callback = model._setup_learn(64)
+    # A critic that is far from 0, so that the bootstrap is no small number
+    with th.no_grad():
+        model.policy.value_net.bias.fill_(50.0)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
+    (segment,) = model._segments()
+    assert len(segment.truncated) > 2
+    np.testing.assert_allclose(segment.rewards[:, 0], true_rewards, atol=1e-4)
+    assert np.abs(model.rollout_buffer.rewards[:, 0] - true_rewards).max() > 40
+
+
+def test_segments_of_a_second_rollout_forget_the_first():
+    model = collect(16, 2)
+    assert all(truncation.step < 16 for truncation in model._truncations)
+    starts = model.rollout_buffer.episode_starts
+    ended = np.append(starts[1:], model._last_episode_starts[None], axis=0)
+    assert all(ended[truncation.step, truncation.env] for truncation in model._truncations)
+
+
+def test_get_is_not_called_and_the_buffer_is_left_alone():
+    model = collect(16, 2)
+    before = {name: value.copy() for name, value in vars(model.rollout_buffer).items() if isinstance(value, np.ndarray)}
+    model.rollout_buffer.get = None
+    model.train()
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, getattr(model.rollout_buffer, name))
