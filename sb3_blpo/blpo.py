@@ -322,6 +322,10 @@ class BLPO(OnPolicyAlgorithm):
 
         self._log(stats, first_of_epoch, clip_range)
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout may go beyond the total, and a linear schedule would then end in a negative rate
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
+
     def _update_learning_rates(self) -> None:
         """Give each optimizer its own current rate, and log both."""
         progress = self._current_progress_remaining

@@ -1,0 +1,34 @@
+# make train: RL Zoo trains and evaluates BLPO. The rest is for developers. All in an environment of its own, .venv
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+# Small networks: more threads would only wait for each other
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test slow lint
+
+train: $(INSTALLED)
+	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
+	$(BIN)/python -m rl_zoo3.enjoy --algo blpo --env CartPole-v1 --folder logs -n 5000 --no-render | tee logs/CartPole-v1.txt
+	@grep -q "^Mean reward" logs/CartPole-v1.txt
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The constraints name the tested torch, so that pip looks for no other
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard sb3_blpo/startup/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[envs,dev]'
+	touch $@
