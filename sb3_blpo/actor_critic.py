@@ -2,8 +2,10 @@
 An SB3 actor-critic policy as leader and follower: two sets of parameters that have nothing in common.
 """
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch as th
@@ -80,6 +82,20 @@ def split_parameters(
     return actor, critic
 
 
+def make_optimizer(policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter], learning_rate: float) -> th.optim.Optimizer:
+    """
+    :param policy: Has the optimizer's class and arguments
+    :param parameters: What to optimize
+    :param learning_rate: Initial learning rate
+    :return: The optimizer
+    """
+    kwargs: dict[str, Any] = policy.optimizer_kwargs
+    if policy.optimizer_class in (th.optim.Adam, th.optim.AdamW):
+        # One kernel for all parameters: for small networks several times faster, on the CPU too
+        kwargs = {"fused": not any(name in kwargs for name in ("foreach", "capturable", "differentiable"))} | kwargs
+    return policy.optimizer_class(list(parameters.values()), lr=learning_rate, **kwargs)  # type: ignore[call-arg]
+
+
 class Critic(nn.Module):
     """
     The policy's value function as a module of its own.
@@ -100,6 +116,19 @@ class Critic(nn.Module):
         :return: Their values (n,)
         """
         return self.policy.predict_values(observations).flatten()
+
+    @contextlib.contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """Switch dropout and batch statistics off for a while; a critic of plain layers has none."""
+        if self.layers is not None:
+            yield
+            return
+        training = self.policy.training
+        self.policy.set_training_mode(False)
+        try:
+            yield
+        finally:
+            self.policy.set_training_mode(training)
 
     def jacobian(self, observations: PyTorchObs, generator: th.Generator) -> Jacobian:
         """

@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance, ob
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
-from sb3_blpo.actor_critic import Critic, Snapshot, parameters_of, split_parameters, unshare_features_extractor
+from sb3_blpo.actor_critic import Critic, Snapshot, make_optimizer, parameters_of, split_parameters, unshare_features_extractor
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import Solver, make_solver
@@ -200,10 +200,8 @@ class BLPO(OnPolicyAlgorithm):
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
         unshare_features_extractor(self.policy)
         actor, critic = split_parameters(self.policy, self.observation_space)
-        make_optimizer = self.policy.optimizer_class
-        optimizer_kwargs: dict[str, Any] = self.policy.optimizer_kwargs
-        self.policy.optimizer = make_optimizer(list(actor.values()), lr=self.lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
-        self.critic_optimizer = make_optimizer(list(critic.values()), lr=self.critic_lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
+        self.policy.optimizer = make_optimizer(self.policy, actor, self.lr_schedule(1))
+        self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1))
         self.critic = Critic(self.policy, critic)
         settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
         self.damping = settings.pop("damping")
@@ -344,11 +342,9 @@ class BLPO(OnPolicyAlgorithm):
         check_finite("observations", self._last_obs)
         terminal_values = th.zeros(0, device=self.device)
         if self._truncations:
-            self.policy.set_training_mode(False)
-            with th.no_grad():
+            with th.no_grad(), self.critic.evaluation_mode():
                 # One by one, as SB3 computed what it added to the rewards
                 terminal_values = th.cat([self.critic(truncation.observation) for truncation in self._truncations])
-            self.policy.set_training_mode(True)
         rollout = Rollout(
             buffer,
             obs_as_tensor(self._last_obs, self.device),
@@ -356,6 +352,7 @@ class BLPO(OnPolicyAlgorithm):
             self._truncations,
             terminal_values,
             self.gamma,
+            self.gae_lambda,
         )
         return list(rollout.segments(self.batch_size))
 
@@ -372,35 +369,31 @@ class BLPO(OnPolicyAlgorithm):
         """The leader's gradient on one minibatch."""
         distribution = self.policy.get_distribution(segment.states)
         log_prob, entropy = distribution.log_prob(segment.actions), distribution.entropy()
-        # What the actor's best response is to, the critic's values, must not depend on batch statistics or dropout
-        self.policy.set_training_mode(False)
-        jacobian = None
-        if self.solver is None:
-            with th.no_grad():
-                values = self.critic(segment.observations)
-        else:
-            assert self.sketch_generator is not None
-            jacobian = self.critic.jacobian(segment.observations, self.sketch_generator)
-            values = jacobian.values
-        result = hypergradient(
-            parameters_of(self.policy.optimizer),
-            log_prob,
-            entropy,
-            segment,
-            values,
-            jacobian,
-            self.solver,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-            clip_range=clip_range,
-            normalize_advantage=self.normalize_advantage,
-            ent_coef=self.ent_coef,
-            damping=self.damping,
-            curvature=self.curvature,
-            max_correction_ratio=self.max_correction_ratio,
-        )
-        self.policy.set_training_mode(True)
-        return result
+        # The values that the leader reckons with must not depend on the minibatch's statistics or on dropout
+        with self.critic.evaluation_mode():
+            jacobian = None
+            if self.solver is None:
+                with th.no_grad():
+                    values = self.critic(segment.observations)
+            else:
+                assert self.sketch_generator is not None
+                jacobian = self.critic.jacobian(segment.observations, self.sketch_generator)
+                values = jacobian.values
+            return hypergradient(
+                parameters_of(self.policy.optimizer),
+                log_prob,
+                entropy,
+                segment,
+                values,
+                jacobian,
+                self.solver,
+                clip_range=clip_range,
+                normalize_advantage=self.normalize_advantage,
+                ent_coef=self.ent_coef,
+                damping=self.damping,
+                curvature=self.curvature,
+                max_correction_ratio=self.max_correction_ratio,
+            )
 
     def _check_minibatch(
         self, start: Snapshot, critic_updates: list[CriticUpdate], leader: Hypergradient, actor_norm: th.Tensor

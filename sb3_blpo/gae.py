@@ -28,26 +28,48 @@ def _scan(x: th.Tensor, decay: th.Tensor) -> th.Tensor:
     return x
 
 
-def discounted_sum(x: th.Tensor, keep: th.Tensor) -> th.Tensor:
+class DiscountedSum:
     """
-    Apply U: y_t = x_t + keep_t y_{t+1}.
+    The operator U on (n_steps, n_envs) tensors: y_t = x_t + gamma lambda (1 - d_t) y_{t+1}.
 
-    :param x: (n_steps, n_envs)
-    :param keep: gamma * lambda where the next step belongs to the same episode, else 0 (n_steps, n_envs)
-    :return: y (n_steps, n_envs)
+    Short blocks keep the matrix, which is made once and applied at every epoch; for long ones, whose matrix would grow with
+    the square of n_steps, U is applied by a scan.
+
+    :param done: d_t, 1 where the step ended the episode, else 0 (n_steps, n_envs)
+    :param discount: gamma * lambda, in [0, 1]
     """
-    return _scan(x.flip(0), keep.flip(0)).flip(0)
 
+    max_matrix_steps = 512
 
-def discounted_sum_adjoint(w: th.Tensor, keep: th.Tensor) -> th.Tensor:
-    """
-    Apply the transpose of U, an eligibility trace: z_t = w_t + keep_{t-1} z_{t-1}.
+    def __init__(self, done: th.Tensor, discount: float) -> None:
+        #: gamma * lambda where the next step belongs to the same episode, else 0 (n_steps, n_envs)
+        self.keep = discount * (1 - done)
+        self.matrix: th.Tensor | None = None
+        if len(done) <= self.max_matrix_steps:
+            # Column by column the response to a unit input: U as the inverse of the bidiagonal I - keep shifted (n_envs, T, T)
+            identity = th.eye(len(done), dtype=done.dtype, device=done.device)
+            bidiagonal = identity - th.diag_embed(self.keep.T[:, :-1], offset=1)
+            self.matrix = th.linalg.solve_triangular(bidiagonal, identity, upper=True, unitriangular=True)
 
-    :param w: (n_steps, n_envs)
-    :param keep: As in :func:`discounted_sum` (n_steps, n_envs)
-    :return: z (n_steps, n_envs)
-    """
-    return _scan(w, keep.roll(1, 0))
+    def __call__(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: (n_steps, n_envs)
+        :return: U x (n_steps, n_envs)
+        """
+        if self.matrix is not None:
+            return (self.matrix @ x.T[:, :, None])[:, :, 0].T
+        return _scan(x.flip(0), self.keep.flip(0)).flip(0)
+
+    def adjoint(self, w: th.Tensor) -> th.Tensor:
+        """
+        Apply the transpose of U, an eligibility trace: z_t = w_t + gamma lambda (1 - d_{t-1}) z_{t-1}.
+
+        :param w: (n_steps, n_envs)
+        :return: U^T w (n_steps, n_envs)
+        """
+        if self.matrix is not None:
+            return (w.T[:, None] @ self.matrix)[:, 0].T
+        return _scan(w, self.keep.roll(1, 0))
 
 
 def advantages(
@@ -58,7 +80,7 @@ def advantages(
     terminal_values: th.Tensor,
     done: th.Tensor,
     gamma: float,
-    gae_lambda: float,
+    U: DiscountedSum,
 ) -> th.Tensor:
     """
     GAE (Schulman et al., arXiv 1506.02438) of a block of consecutive steps: the lambda-return Q_t less the value V_t, where
@@ -73,16 +95,15 @@ def advantages(
     :param terminal_values: V of the terminal observation where the step was truncated, else 0 (n_steps, n_envs)
     :param done: 1 where the step ended the episode, else 0 (n_steps, n_envs)
     :param gamma: Discount factor, in [0, 1]
-    :param gae_lambda: Trade-off of bias and variance, in [0, 1]
+    :param U: The discounted sum with gamma * lambda
     :return: Advantages (n_steps, n_envs)
     """
-    keep = gamma * gae_lambda * (1 - done)
     next_values = th.cat([values[1:], last_values[None]])
     delta = rewards + gamma * ((1 - done) * next_values + terminal_values) - values
     if last_returns is not None:
-        tail = keep[-1] * (last_returns - last_values)
+        tail = U.keep[-1] * (last_returns - last_values)
         delta = th.cat([delta[:-1], (delta[-1] + tail)[None]])
-    return discounted_sum(delta, keep)
+    return U(delta)
 
 
 class ValueCoefficients(NamedTuple):
@@ -100,7 +121,7 @@ class ValueCoefficients(NamedTuple):
 
 
 def return_gradient(
-    weights: th.Tensor, done: th.Tensor, gamma: float, gae_lambda: float, inside_rollout: bool
+    weights: th.Tensor, done: th.Tensor, gamma: float, gae_lambda: float, U: DiscountedSum, inside_rollout: bool
 ) -> ValueCoefficients:
     """
     Differentiate sum_t weights_t Q_t, Q_t the lambda-returns of :func:`advantages`, by the values they bootstrap from. The
@@ -110,10 +131,11 @@ def return_gradient(
     :param done: As in :func:`advantages` (n_steps, n_envs)
     :param gamma: Discount factor, in [0, 1]
     :param gae_lambda: Trade-off of bias and variance, in [0, 1]
+    :param U: The discounted sum with gamma * lambda
     :param inside_rollout: Whether the block ends inside the rollout, where Q of the state that follows is held fixed
     :return: The coefficients c of the gradient sum_j c_j grad V(s_j)
     """
-    z = discounted_sum_adjoint(weights, gamma * gae_lambda * (1 - done))
+    z = U.adjoint(weights)
     by_next = gamma * (1 - done) * z
     last = by_next[-1] * (1 - gae_lambda) if inside_rollout else by_next[-1]
     by_values = th.cat([th.zeros_like(z[:1]), (1 - gae_lambda) * by_next[:-1]])

@@ -175,8 +175,6 @@ def hypergradient(
     jacobian: Jacobian | None,
     solver: Solver | None,
     *,
-    gamma: float,
-    gae_lambda: float,
     clip_range: float,
     normalize_advantage: bool,
     ent_coef: float,
@@ -194,8 +192,6 @@ def hypergradient(
     :param values: Of the segment's observations under the current critic
     :param jacobian: Of these values; ``None`` without a solver
     :param solver: Of the critic's linear system; ``None``: the direct gradient alone
-    :param gamma: Discount factor
-    :param gae_lambda: Factor of GAE
     :param clip_range: PPO's clipping parameter
     :param normalize_advantage: Divide both gradients by the advantages' standard deviation, and shift the direct one's
         advantages by their mean
@@ -208,7 +204,7 @@ def hypergradient(
     n = segment.n_transitions
     residuals = values[:n] - segment.returns
     # Step 2: advantages under the new critic
-    advantages = segment.advantages(values, gamma, gae_lambda)
+    advantages = segment.advantages(values)
     # Step 3: direct gradient
     surrogate = clipped_surrogate(log_prob, segment.old_log_prob, advantages, clip_range, normalize_advantage)
     mean_entropy = (-log_prob if entropy is None else entropy).mean()
@@ -228,10 +224,10 @@ def hypergradient(
         return Hypergradient(gradients, stats)
     assert jacobian is not None
     # Step 4: how the critic's best response would move each value
-    coefficients = segment.return_gradient(surrogate.weights, gamma, gae_lambda)
+    coefficients = segment.return_gradient(surrogate.weights)
     response = best_response(jacobian, coefficients, residuals, solver, damping, curvature)
     # Step 5: the correction is a policy gradient with reweighted advantages
-    e = segment.trace(response.u, gamma, gae_lambda)
+    e = segment.trace(response.u)
     weights = (2 / n) * e * surrogate.active * advantages * surrogate.scale
     correction = capped_correction(
         gradients,

@@ -108,7 +108,7 @@ class LayerJacobian(Jacobian):
         super().__init__(h.detach().flatten(), sum(p.numel() for layer in self.layers for p in layer.parameters()))
 
     def _chunks(self, vectors: th.Tensor) -> tuple[th.Tensor, ...]:
-        """Cut the columns of (n, k) into groups whose intermediate results (group, n_rows, width) stay small."""
+        """Cut the columns of (n, k) into groups whose intermediate results (n_rows, width, group) stay small."""
         width = max(max(layer.in_features, layer.out_features) for layer in self.layers)
         return vectors.split(max(1, self.chunk_elements // (len(self.values) * width)), dim=1)
 
@@ -118,17 +118,18 @@ class LayerJacobian(Jacobian):
         return th.cat([self._J_v(chunk) for chunk in self._chunks(v)], dim=1)
 
     def _J_v(self, v: th.Tensor) -> th.Tensor:
-        sizes = [parameter.numel() for layer in self.layers for parameter in layer.parameters()]
-        parts = iter(v.split(sizes))
-        product: th.Tensor | int = 0
+        n_rows, k = len(self.values), v.shape[1]
+        parts = iter(v.split([parameter.numel() for layer in self.layers for parameter in layer.parameters()]))
+        product = v.new_zeros(n_rows, k)
         for layer, h, signal in zip(self.layers, self.inputs, self.signals, strict=True):
-            # (k, n_in, n_out), so that h @ weight is the change of the layer's output (k, n_rows, n_out)
-            change = h @ next(parts).view(layer.out_features, layer.in_features, -1).permute(2, 1, 0)
+            n_out, n_in = layer.weight.shape
+            # One large matrix product for the change of the layer's outputs under all k vectors (n_rows, n_out, k)
+            weights = next(parts).view(n_out, n_in, k).transpose(0, 1).reshape(n_in, n_out * k)
+            change = (h @ weights).view(n_rows, n_out, k)
+            product += (signal[:, None] @ change)[:, 0]
             if layer.bias is not None:
-                change = change + next(parts).T[:, None]
-            product = product + (signal * change).sum(dim=2)
-        assert isinstance(product, th.Tensor)
-        return product.T
+                product += signal @ next(parts)
+        return product
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
         if w.ndim == 1:
@@ -136,13 +137,15 @@ class LayerJacobian(Jacobian):
         return th.cat([self._Jt_w(chunk) for chunk in self._chunks(w)], dim=1)
 
     def _Jt_w(self, w: th.Tensor) -> th.Tensor:
+        n_rows, k = w.shape
         parts = []
         for layer, h, signal in zip(self.layers, self.inputs, self.signals, strict=True):
-            weighted = w.T[:, None] * signal.T  # (k, n_out, n_rows)
-            parts.append((weighted @ h).flatten(1))
+            n_out, n_in = layer.weight.shape
+            weighted = (signal[:, :, None] * w[:, None]).view(n_rows, n_out * k)
+            parts.append((h.T @ weighted).view(n_in, n_out, k).transpose(0, 1).reshape(n_out * n_in, k))
             if layer.bias is not None:
-                parts.append(weighted.sum(dim=2))
-        return th.cat(parts, dim=1).T
+                parts.append(signal.T @ w)
+        return th.cat(parts)
 
     def columns(self, index: th.Tensor) -> th.Tensor:
         # Column (l, o, i) is signal_l[:, o] * h_l[:, i]; a bias sees the constant input 1

@@ -63,6 +63,9 @@ class Segment(NamedTuple):
     :param last_returns: lambda-returns of the states after the last steps where the segment ends inside the rollout (B,);
         ``None`` at the rollout's end
     :param truncated: Flat indices of the truncated steps (n_truncated,)
+    :param gamma: Discount factor
+    :param gae_lambda: Factor of GAE
+    :param U: The discounted sum along the segment's time
     """
 
     observations: PyTorchObs
@@ -73,6 +76,9 @@ class Segment(NamedTuple):
     done: th.Tensor
     last_returns: th.Tensor | None
     truncated: th.Tensor
+    gamma: float
+    gae_lambda: float
+    U: gae.DiscountedSum
 
     @property
     def n_transitions(self) -> int:
@@ -87,11 +93,9 @@ class Segment(NamedTuple):
             return {key: obs[:n] for key, obs in self.observations.items()}
         return self.observations[:n]
 
-    def advantages(self, values: th.Tensor, gamma: float, gae_lambda: float) -> th.Tensor:
+    def advantages(self, values: th.Tensor) -> th.Tensor:
         """
         :param values: Of :attr:`observations` under the current critic
-        :param gamma: Discount factor
-        :param gae_lambda: Factor of GAE
         :return: Advantages under that critic (N,)
         """
         n_envs = self.rewards.shape[1]
@@ -104,35 +108,30 @@ class Segment(NamedTuple):
             self.last_returns,
             terminal_values.view_as(self.rewards),
             self.done,
-            gamma,
-            gae_lambda,
+            self.gamma,
+            self.U,
         ).flatten()
 
-    def return_gradient(self, weights: th.Tensor, gamma: float, gae_lambda: float) -> th.Tensor:
+    def return_gradient(self, weights: th.Tensor) -> th.Tensor:
         """
         Coefficients c of sum_t weights_t grad Q_t = sum_j c_j grad V(s_j), Q_t the lambda-returns (math: z, then c).
 
         :param weights: (N,)
-        :param gamma: Discount factor
-        :param gae_lambda: Factor of GAE
         :return: c, one for each of :attr:`observations`
         """
         by = gae.return_gradient(
-            weights.view_as(self.rewards), self.done, gamma, gae_lambda, inside_rollout=self.last_returns is not None
+            weights.view_as(self.rewards), self.done, self.gamma, self.gae_lambda, self.U, self.last_returns is not None
         )
         return th.cat([by.values.flatten(), by.last_values, by.terminal_values.flatten()[self.truncated]])
 
-    def trace(self, x: th.Tensor, gamma: float, gae_lambda: float) -> th.Tensor:
+    def trace(self, x: th.Tensor) -> th.Tensor:
         """
         Eligibility trace e_k = x_k + gamma lambda e_{k-1} inside each episode of the segment.
 
         :param x: (N,)
-        :param gamma: Discount factor
-        :param gae_lambda: Factor of GAE
         :return: e (N,)
         """
-        keep = gamma * gae_lambda * (1 - self.done)
-        return gae.discounted_sum_adjoint(x.view_as(self.rewards), keep).flatten()
+        return self.U.adjoint(x.view_as(self.rewards)).flatten()
 
 
 class Rollout:
@@ -144,7 +143,8 @@ class Rollout:
     :param last_done: Whether the last step ended the episode (n_envs,)
     :param truncations: The rollout's truncated steps
     :param terminal_values: Their terminal observations' values under the rollout's critic (n_truncated,)
-    :param gamma: Discount factor with which SB3 added these values to the rewards
+    :param gamma: Discount factor, with which SB3 added these values to the rewards
+    :param gae_lambda: Factor of GAE
     """
 
     def __init__(
@@ -155,7 +155,9 @@ class Rollout:
         truncations: list[Truncation],
         terminal_values: th.Tensor,
         gamma: float,
+        gae_lambda: float,
     ) -> None:
+        self.gamma, self.gae_lambda = gamma, gae_lambda
         device = buffer.device
         self.n_steps, self.n_envs = buffer.rewards.shape
         self.last_observation = last_observation
@@ -216,4 +218,7 @@ class Rollout:
                 dtype=th.long,
                 device=self.rewards.device,
             ),
+            self.gamma,
+            self.gae_lambda,
+            gae.DiscountedSum(self.done[steps, envs], self.gamma * self.gae_lambda),
         )

@@ -30,15 +30,9 @@ def as_flat_function(module: nn.Module, observations: th.Tensor) -> tuple[FlatFu
     return function, parameters_to_vector(module.parameters()).detach()
 
 
-class Settings(NamedTuple):
-    gamma: float = 0.97
-    gae_lambda: float = 0.9
-    clip_range: float = 0.2
-
-
-def lambda_returns(segment: Segment, values: th.Tensor, settings: Settings) -> th.Tensor:
+def lambda_returns(segment: Segment, values: th.Tensor) -> th.Tensor:
     """Return Q_t (T, B) by the recursion of the definition, differentiable by the values of the segment's observations."""
-    gamma, gae_lambda = settings.gamma, settings.gae_lambda
+    gamma, gae_lambda = segment.gamma, segment.gae_lambda
     T, B = segment.rewards.shape
     V = [[values[t * B + b] for b in range(B)] for t in range(T)] + [[values[T * B + b] for b in range(B)]]
     terminal = {int(index): values[T * B + B + i] for i, index in enumerate(segment.truncated)}
@@ -55,13 +49,13 @@ def lambda_returns(segment: Segment, values: th.Tensor, settings: Settings) -> t
     return th.stack([th.stack(row) for row in Q])
 
 
-def discounted_sums(segment: Segment, x: th.Tensor, settings: Settings) -> th.Tensor:
+def discounted_sums(segment: Segment, x: th.Tensor) -> th.Tensor:
     """Return sum_{k >= t} (gamma lambda)^(k - t) x_k inside each episode of the segment (N,)."""
     B, done, totals = segment.rewards.shape[1], segment.done.flatten(), []
     for start in range(len(x)):
         total, weight, k = x[start], 1.0, start
         while not done[k] and k + B < len(x):
-            weight, k = weight * settings.gamma * settings.gae_lambda, k + B
+            weight, k = weight * segment.gamma * segment.gae_lambda, k + B
             total = total + weight * x[k]
         totals.append(total)
     return th.stack(totals)
@@ -81,7 +75,7 @@ def truth(
     omega: th.Tensor,
     log_prob: FlatFunction,
     theta: th.Tensor,
-    settings: Settings,
+    clip_range: float,
     damping: float,
     curvature: str,
     normalize_advantage: bool = False,
@@ -94,10 +88,10 @@ def truth(
     """
     N = segment.n_transitions
     values = critic(omega)
-    A = lambda_returns(segment, values, settings).flatten() - values[:N]
+    A = lambda_returns(segment, values).flatten() - values[:N]
     scale = 1 / (A.std() + 1e-8) if normalize_advantage else th.ones(())
     A_direct = (A - A.mean()) * scale if normalize_advantage else A
-    low, high = 1 - settings.clip_range, 1 + settings.clip_range
+    low, high = 1 - clip_range, 1 + clip_range
 
     def ratio(theta_: th.Tensor) -> th.Tensor:
         return th.exp(log_prob(theta_) - segment.old_log_prob)
@@ -108,14 +102,14 @@ def truth(
         return th.where(unclipped_smaller, ratio(theta_), ratio(theta_).clamp(low, high))
 
     def J(theta_: th.Tensor, omega_: th.Tensor) -> th.Tensor:
-        return (clipped_branch(theta_) * lambda_returns(segment, critic(omega_), settings).flatten()).mean()
+        return (clipped_branch(theta_) * lambda_returns(segment, critic(omega_)).flatten()).mean()
 
     def surrogate(theta_: th.Tensor) -> th.Tensor:
         r = ratio(theta_)
         return th.minimum(r * A_direct, r.clamp(low, high) * A_direct).mean()
 
     def R(theta_: th.Tensor) -> th.Tensor:
-        return segment.returns + discounted_sums(segment, (clipped_branch(theta_) - clipped_branch(theta)) * A, settings)
+        return segment.returns + discounted_sums(segment, (clipped_branch(theta_) - clipped_branch(theta)) * A)
 
     def L(target: th.Tensor, omega_: th.Tensor) -> th.Tensor:
         return (critic(omega_)[:N] - target).square().mean()

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch as th
 from torch import nn
 
+from sb3_blpo.gae import DiscountedSum
 from sb3_blpo.segments import Segment
 
 
@@ -27,6 +28,9 @@ def random_segment(T: int, B: int, n_features: int, inside_rollout: bool, genera
         done=done.double(),
         last_returns=normal(B) if inside_rollout else None,
         truncated=truncated.flatten().nonzero().flatten(),
+        gamma=0.97,
+        gae_lambda=0.9,
+        U=DiscountedSum(done.double(), 0.97 * 0.9),
     )
 
 

@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch as th
-from brute_force import Settings, as_flat_function, truth
+from brute_force import as_flat_function, truth
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_blpo import BLPO
+from sb3_blpo.gae import DiscountedSum
 
 SOLVERS = [
     ("exact", {}, "gauss_newton"),
@@ -68,6 +69,7 @@ def test_one_actor_step(env_id, solver, ihvp_kwargs, curvature):
         returns=segment.returns.double(),
         rewards=segment.rewards.double(),
         done=segment.done.double(),
+        U=DiscountedSum(segment.done.double(), model.gamma * model.gae_lambda),
     )
     # The critic at the end is the one that the actor's step saw
     critic = nn.Sequential(copy.deepcopy(after.mlp_extractor.value_net), copy.deepcopy(after.value_net)).double()
@@ -75,7 +77,7 @@ def test_one_actor_step(env_id, solver, ihvp_kwargs, curvature):
     log_prob, theta = as_flat_function(LogProb(before, segment.actions), segment.observations[:n])
     expected = truth(
         segment, lambda x: critic_function(x).flatten(), omega, log_prob, theta,
-        Settings(model.gamma, model.gae_lambda, 0.2), damping, curvature,
+        0.2, damping, curvature,
     )  # fmt: skip
     gradient = expected.direct + expected.correction
     theta_after = nn.utils.parameters_to_vector(LogProb(after, segment.actions).parameters()).detach()
@@ -107,7 +109,7 @@ def nested_actor_critic(model: BLPO) -> None:
             (segment,) = [s for s in segments if th.equal(s.returns, returns)]
             with th.no_grad():
                 values = policy.predict_values(segment.observations).flatten()
-            advantages = segment.advantages(values, model.gamma, model.gae_lambda)
+            advantages = segment.advantages(values)
             distribution = policy.get_distribution(observations)
             ratio = th.exp(distribution.log_prob(segment.actions) - segment.old_log_prob)
             clipped = ratio.clamp(0.8, 1.2)

@@ -9,39 +9,56 @@ from sb3_blpo import gae
 def random_block(T: int, B: int, seed: int = 0) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     generator = th.Generator().manual_seed(seed)
     x, y = th.randn(2, T, B, generator=generator, dtype=th.float64)
-    keep = 0.93 * (th.rand(T, B, generator=generator) > 0.15).double()
-    return x, y, keep
+    done = (th.rand(T, B, generator=generator) < 0.15).double()
+    return x, y, done
+
+
+@pytest.fixture(params=["matrix", "scan"])
+def U(request, monkeypatch):
+    """Both ways to apply the operator."""
+    monkeypatch.setattr(gae.DiscountedSum, "max_matrix_steps", 10**6 if request.param == "matrix" else 0)
+
+    def make(done: th.Tensor) -> gae.DiscountedSum:
+        operator = gae.DiscountedSum(done, 0.93)
+        assert (operator.matrix is not None) == (request.param == "matrix")
+        return operator
+
+    return make
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 64, 301])
 @pytest.mark.parametrize("B", [1, 4])
-def test_discounted_sum_is_the_recursion(T, B):
-    x, _, keep = random_block(T, B)
+def test_discounted_sum_is_the_recursion(T, B, U):
+    x, _, done = random_block(T, B)
     total, expected = th.zeros(B, dtype=th.float64), []
     for t in reversed(range(T)):
-        total = x[t] + keep[t] * total
+        total = x[t] + 0.93 * (1 - done[t]) * total
         expected.append(total)
-    th.testing.assert_close(gae.discounted_sum(x, keep), th.stack(expected[::-1]), rtol=1e-12, atol=1e-12)
+    th.testing.assert_close(U(done)(x), th.stack(expected[::-1]), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("T", [1, 2, 5, 128])
 @pytest.mark.parametrize("B", [1, 3])
-def test_adjoint_by_dot_product(T, B):
-    x, y, keep = random_block(T, B, seed=T)
-    left, right = (gae.discounted_sum(x, keep) * y).sum(), (x * gae.discounted_sum_adjoint(y, keep)).sum()
+def test_adjoint_by_dot_product(T, B, U):
+    x, y, done = random_block(T, B, seed=T)
+    left, right = (U(done)(x) * y).sum(), (x * U(done).adjoint(y)).sum()
     assert abs(left - right) <= 1e-12 * max(1, abs(left))
 
 
 @pytest.mark.parametrize("T", [1, 40])
-def test_nothing_leaks_across_an_episode_end(T):
-    x, _, keep = random_block(T + 1, 2)
-    keep[T - 1] = 0  # the last step but one ends an episode
+def test_nothing_leaks_across_an_episode_end(T, U):
+    x, _, done = random_block(T + 1, 2)
+    done[T - 1] = 1  # the last step but one ends an episode
     later = x.clone()
     later[T:] += 1e6
-    assert th.equal(gae.discounted_sum(x, keep)[:T], gae.discounted_sum(later, keep)[:T])
+    assert th.equal(U(done)(x)[:T], U(done)(later)[:T])
     earlier = x.clone()
     earlier[:T] += 1e6
-    assert th.equal(gae.discounted_sum_adjoint(x, keep)[T:], gae.discounted_sum_adjoint(earlier, keep)[T:])
+    assert th.equal(U(done).adjoint(x)[T:], U(done).adjoint(earlier)[T:])
+
+
+def test_long_blocks_have_no_matrix():
+    assert gae.DiscountedSum(th.zeros(10_000, 1), 0.9).matrix is None
 
 
 @pytest.mark.parametrize("inside_rollout", [True, False])
@@ -55,12 +72,13 @@ def test_return_gradient_is_the_derivative_of_the_returns(inside_rollout, gae_la
     done, truncated = (ends < 0.3).double(), (ends < 0.15).double()
     inputs = [tensor.requires_grad_() for tensor in (V, last, terminal)]
     baseline = V.detach()
+    U = gae.DiscountedSum(done, gamma * gae_lambda)
     advantages = gae.advantages(
-        rewards, V, last, last_returns if inside_rollout else None, terminal * truncated, done, gamma, gae_lambda
+        rewards, V, last, last_returns if inside_rollout else None, terminal * truncated, done, gamma, U
     )
     # Q = A + V; the baseline is no part of the leader's objective
     expected = th.autograd.grad((weights * (advantages + V - baseline)).sum(), inputs)
-    by = gae.return_gradient(weights, done, gamma, gae_lambda, inside_rollout)
+    by = gae.return_gradient(weights, done, gamma, gae_lambda, U, inside_rollout)
     th.testing.assert_close(by.values, expected[0], rtol=1e-12, atol=1e-12)
     th.testing.assert_close(by.last_values, expected[1], rtol=1e-12, atol=1e-12)
     th.testing.assert_close(by.terminal_values * truncated, expected[2], rtol=1e-12, atol=1e-12)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch as th
-from brute_force import Settings, Truth, as_flat_function, lambda_returns, truth
+from brute_force import Truth, as_flat_function, lambda_returns, truth
 from problems import Problem, problem
 
 from sb3_blpo.curvature import GramGaussNewton, Hessian
@@ -10,7 +10,7 @@ from sb3_blpo.hypergradient import Hypergradient, best_response, capped_correcti
 from sb3_blpo.ihvp import make_solver
 from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
 
-SETTINGS = Settings()
+CLIP_RANGE = 0.2
 DAMPING = 0.05
 
 
@@ -32,7 +32,7 @@ def run(p: Problem, solver: str = "exact", layers: bool = True, **changes) -> Hy
     if ihvp is not None:
         ihvp.draw(th.zeros(jacobian.n_params, dtype=th.float64), th.Generator().manual_seed(0))
     arguments = dict(
-        **SETTINGS._asdict(), normalize_advantage=False, ent_coef=0.0, damping=DAMPING, curvature="gauss_newton"
+        clip_range=CLIP_RANGE, normalize_advantage=False, ent_coef=0.0, damping=DAMPING, curvature="gauss_newton"
     ) | {"max_correction_ratio": None}
     log_prob = p.actor(p.actor_input)
     return hypergradient(
@@ -49,7 +49,7 @@ def dense_truth(p: Problem, curvature: str = "gauss_newton", **kwargs) -> Truth:
     assert isinstance(observations, th.Tensor)
     critic, omega = as_flat_function(p.critic, observations)
     log_prob, theta = as_flat_function(p.actor, p.actor_input)
-    return truth(p.segment, lambda x: critic(x).flatten(), omega, log_prob, theta, SETTINGS, DAMPING, curvature, **kwargs)
+    return truth(p.segment, lambda x: critic(x).flatten(), omega, log_prob, theta, CLIP_RANGE, DAMPING, curvature, **kwargs)
 
 
 PROBLEMS = {
@@ -68,8 +68,8 @@ PROBLEMS = {
 def test_advantages_are_the_recursion(name, seed):
     p = problem(seed, **PROBLEMS[name])
     values = p.critic(p.segment.observations).flatten().detach()
-    expected = lambda_returns(p.segment, values, SETTINGS).flatten() - values[: p.segment.n_transitions]
-    actual = p.segment.advantages(values, SETTINGS.gamma, SETTINGS.gae_lambda)
+    expected = lambda_returns(p.segment, values).flatten() - values[: p.segment.n_transitions]
+    actual = p.segment.advantages(values)
     th.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -101,9 +101,9 @@ def test_every_quantity_equals_brute_force(name, solver, curvature, layers, seed
     jacobian = jacobian_of(p, layers)
     n = p.segment.n_transitions
     residuals = jacobian.values[:n] - p.segment.returns
-    advantages = p.segment.advantages(jacobian.values, SETTINGS.gamma, SETTINGS.gae_lambda)
-    surrogate = clipped_surrogate(p.actor(p.actor_input), p.segment.old_log_prob, advantages, SETTINGS.clip_range, False)
-    c = p.segment.return_gradient(surrogate.weights, SETTINGS.gamma, SETTINGS.gae_lambda)
+    advantages = p.segment.advantages(jacobian.values)
+    surrogate = clipped_surrogate(p.actor(p.actor_input), p.segment.old_log_prob, advantages, CLIP_RANGE, False)
+    c = p.segment.return_gradient(surrogate.weights)
     assert_close(jacobian.Jt_w(c), expected.g)
     ihvp = make_solver(solver, rank=10**6, sketch="gaussian", max_iter=500, tol=1e-14)
     assert ihvp is not None
@@ -171,8 +171,8 @@ def test_total_derivative_with_a_linear_critic(seed, inside_rollout):
     features = th.cat([segment.observations, th.ones(len(segment.observations), 1)], dim=1)
     omega = th.cat([p.critic[0].weight.flatten(), p.critic[0].bias]).detach()
     log_prob, theta = as_flat_function(p.actor, p.actor_input)
-    gl, low, high = SETTINGS.gamma * SETTINGS.gae_lambda, 1 - SETTINGS.clip_range, 1 + SETTINGS.clip_range
-    A = lambda_returns(segment, features @ omega, SETTINGS).flatten() - (features @ omega)[:N]
+    gl, low, high = segment.gamma * segment.gae_lambda, 1 - CLIP_RANGE, 1 + CLIP_RANGE
+    A = lambda_returns(segment, features @ omega).flatten() - (features @ omega)[:N]
 
     def ratio(theta_):
         return th.exp(log_prob(theta_) - segment.old_log_prob).detach()
@@ -183,7 +183,7 @@ def test_total_derivative_with_a_linear_critic(seed, inside_rollout):
         return th.where(unclipped, ratio(theta_), ratio(theta_).clamp(low, high))
 
     def J(theta_, omega_):
-        return (branch(theta_) * lambda_returns(segment, features @ omega_, SETTINGS).flatten()).mean()
+        return (branch(theta_) * lambda_returns(segment, features @ omega_).flatten()).mean()
 
     def R(theta_):
         gain, total, totals = (branch(theta_) - branch(theta)) * A, th.zeros(()), []

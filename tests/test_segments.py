@@ -73,7 +73,7 @@ def test_advantages_under_the_rollouts_critic_are_those_of_sb3(n_steps, n_envs, 
     for segment in model._segments():
         with th.no_grad():
             values = model.critic(segment.observations)
-        advantages = segment.advantages(values, model.gamma, model.gae_lambda)
+        advantages = segment.advantages(values)
         th.testing.assert_close(segment.returns, advantages + values[: len(advantages)], rtol=1e-4, atol=1e-5)
         found.append(th.stack([segment.old_log_prob, segment.returns, advantages], dim=1))
     actual = th.cat(found).numpy()
