@@ -119,7 +119,11 @@ class Critic(nn.Module):
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Switch dropout and batch statistics off for a while; a critic of plain layers has none."""
+        """
+        Switch dropout and batch statistics off for a while; a critic of plain layers has none.
+
+        :return: A context manager
+        """
         if self.layers is not None:
             yield
             return

@@ -1,0 +1,115 @@
+"""Small models, and what there is to compare of a model."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch as th
+from envs import SpaceEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+
+import sb3_blpo.blpo
+from sb3_blpo import BLPO
+from sb3_blpo.segments import Segment
+
+SMALL: dict[str, Any] = dict(n_steps=16, batch_size=8, n_epochs=1, seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
+
+
+def small(policy: Any = "MlpPolicy", env: Any = None, **arguments: Any) -> BLPO:
+    """A model with two minibatches of 8 transitions per environment and rollout."""
+    return BLPO(policy, SpaceEnv() if env is None else env, **(SMALL | {"ihvp_kwargs": {"rank": 6}} | arguments))
+
+
+def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if items is None:
+        yield path.removeprefix("/"), tree
+    else:
+        for key, value in items:
+            yield from _leaves(value, f"{path}/{key}")
+
+
+def state_of(model: BLPO) -> dict[str, Any]:
+    """Networks and optimizers, leaf by leaf, detached from the model."""
+    trees = {
+        "policy": model.policy.state_dict(),
+        "actor": model.policy.optimizer.state_dict(),
+        "critic": model.critic_optimizer.state_dict(),
+    }
+    return dict(_leaves(copy.deepcopy(trees)))
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The leaves at which two states differ by at least one bit."""
+
+    def same(x: Any, y: Any) -> bool:
+        return th.equal(x, y) if isinstance(x, th.Tensor) and isinstance(y, th.Tensor) else type(x) is type(y) and x == y
+
+    return [name for name in sorted({*a, *b}) if name not in a or name not in b or not same(a[name], b[name])]
+
+
+def actor_of(model: BLPO) -> list[th.Tensor]:
+    """Copies of the actor's parameters."""
+    return [parameter.detach().clone() for parameter in parameters_of(model.policy.optimizer)]
+
+
+def critic_of(model: BLPO) -> list[th.Tensor]:
+    """Copies of the critic's parameters."""
+    return [parameter.detach().clone() for parameter in parameters_of(model.critic_optimizer)]
+
+
+def moved(before: Sequence[th.Tensor], after: Sequence[th.Tensor]) -> bool:
+    """Whether any parameter is another now. All must be finite."""
+    assert all(parameter.isfinite().all() for parameter in after)
+    return any(not th.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+class AtRolloutStart(BaseCallback):
+    """Calls a function with the model at the start of each rollout."""
+
+    def __init__(self, function: Callable[[BLPO], None]) -> None:
+        super().__init__()
+        self.function = function
+
+    def _on_rollout_start(self) -> None:
+        assert isinstance(self.model, BLPO)
+        self.function(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def logged(model: BLPO) -> dict[str, float]:
+    """What the latest ``train()`` logged, by name without `train/`."""
+    assert isinstance(model.logger, Logger)
+    values = model.logger.name_to_value
+    return {name.removeprefix("train/"): value for name, value in values.items() if name.startswith("train/")}
+
+
+class Seen:
+    """
+    What each minibatch of training looked like to the leader.
+
+    :param monkeypatch: pytest's
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.segments: list[Segment] = []
+        self.values: list[th.Tensor] = []
+        self.gradients: list[list[th.Tensor]] = []
+        original = sb3_blpo.blpo.hypergradient
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.segments.append(args[3])
+            self.values.append(args[4])
+            self.gradients.append(list(result.gradients))
+            return result
+
+        monkeypatch.setattr(sb3_blpo.blpo, "hypergradient", spy)
