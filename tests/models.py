@@ -113,3 +113,11 @@ class Seen:
             return result
 
         monkeypatch.setattr(sb3_blpo.blpo, "hypergradient", spy)
+
+
+def collect_rollout(model: BLPO) -> BLPO:
+    """Collect a rollout and do not train on it."""
+    _, callback = model._setup_learn(10**6, reset_num_timesteps=model._last_obs is None)
+    assert model.env is not None
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model

@@ -67,6 +67,7 @@ def problem(
     segment = random_segment(T, B, 3, inside_rollout, generator)
     layers = [nn.Linear(3, 1)] if hidden is None else [nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 1)]
     actor = GaussianActor(3)
+    assert isinstance(segment.states, th.Tensor)
     actor_input = th.cat([segment.states, segment.actions], dim=1)
     noise = spread * th.randn(T * B, generator=generator, dtype=th.float64)
     return Problem(

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch as th
 from brute_force import as_flat_function, truth
+from models import collect_rollout
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
@@ -52,8 +53,7 @@ def test_one_actor_step(env_id, solver, ihvp_kwargs, curvature):
         ihvp_solver=solver, ihvp_kwargs={"damping": damping, **ihvp_kwargs}, curvature=curvature,
         policy_kwargs={"optimizer_class": th.optim.SGD, "net_arch": [8, 8]},
     )  # fmt: skip
-    _, callback = model._setup_learn(n)
-    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, n)
+    collect_rollout(model)
     # Away from the rollout's policy, so that ratios differ from 1 and some are clipped
     with th.no_grad():
         for parameter in model.policy.action_net.parameters():
@@ -114,7 +114,9 @@ def nested_actor_critic(model: BLPO) -> None:
             ratio = th.exp(distribution.log_prob(segment.actions) - segment.old_log_prob)
             clipped = ratio.clamp(0.8, 1.2)
             surrogate = (th.where(ratio * advantages <= clipped * advantages, ratio, clipped) * advantages).mean()
-            loss = -(surrogate + model.ent_coef * distribution.entropy().mean())
+            entropy = distribution.entropy()
+            assert entropy is not None
+            loss = -(surrogate + model.ent_coef * entropy.mean())
             actor_optimizer.zero_grad()
             loss.backward(inputs=actor_optimizer.param_groups[0]["params"])
             nn.utils.clip_grad_norm_(actor_optimizer.param_groups[0]["params"], model.max_grad_norm)
@@ -128,9 +130,7 @@ def test_none_is_the_nested_actor_critic_bit_for_bit(env_id):
             "MlpPolicy", make_vec_env(env_id, 2, seed=0), seed=0, n_steps=40, batch_size=16, n_epochs=3, ent_coef=0.01,
             ihvp_solver="none",
         )  # fmt: skip
-        _, callback = model._setup_learn(1)
-        assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 40)
-        return model
+        return collect_rollout(model)
 
     with pytest.warns(UserWarning, match="truncated mini-batch of size 8"):
         blpo, plain = collected(), collected()

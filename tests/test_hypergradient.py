@@ -1,5 +1,7 @@
 """The hypergradient against the definition, differentiated by brute force in float64."""
 
+from typing import Any
+
 import pytest
 import torch as th
 from brute_force import Truth, as_flat_function, lambda_returns, truth
@@ -31,7 +33,7 @@ def run(p: Problem, solver: str = "exact", layers: bool = True, **changes) -> Hy
     ihvp = make_solver(solver, rank=10**6, sketch="gaussian", max_iter=500, tol=1e-14)
     if ihvp is not None:
         ihvp.draw(th.zeros(jacobian.n_params, dtype=th.float64), th.Generator().manual_seed(0))
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         clip_range=CLIP_RANGE, normalize_advantage=False, ent_coef=0.0, damping=DAMPING, curvature="gauss_newton"
     ) | {"max_correction_ratio": None}
     log_prob = p.actor(p.actor_input)

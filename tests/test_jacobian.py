@@ -138,7 +138,7 @@ class LayerNormExtractor(nn.Module):
 
 
 class LayerNormPolicy(ActorCriticPolicy):
-    def _build_mlp_extractor(self) -> None:
+    def _build_mlp_extractor(self):
         self.mlp_extractor = LayerNormExtractor(self.features_dim)
 
 

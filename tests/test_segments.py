@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from models import collect_rollout
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -48,15 +49,13 @@ def collect(n_steps: int, n_envs: int, dict_observations=False, normalize=False,
     policy = "MultiInputPolicy" if dict_observations else "MlpPolicy"
     arguments = {"gamma": 0.97, "gae_lambda": 0.9, "seed": 3, "batch_size": n_steps * n_envs} | kwargs
     model = BLPO(policy, env, n_steps=n_steps, **arguments)
-    _, callback = model._setup_learn(10**6)
-    for _ in range(2):
-        assert model.collect_rollouts(model.env, callback, model.rollout_buffer, n_steps)
-    return model
+    return collect_rollout(collect_rollout(model))
 
 
 def rows(segment: Segment, key: str | None = None) -> th.Tensor:
-    assert key is None or isinstance(segment.observations, dict)
-    return segment.observations if key is None else segment.observations[key]
+    observations = segment.observations if key is None else segment.observations[key]  # type: ignore[index]
+    assert isinstance(observations, th.Tensor)
+    return observations
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -128,11 +127,10 @@ def test_rewards_lose_the_bootstrap_of_the_rollouts_critic():
             return result
 
     model = BLPO("MlpPolicy", DummyVecEnv([Recorder]), n_steps=64, batch_size=64, seed=0, n_epochs=1)
-    _, callback = model._setup_learn(64)
     # A critic that is far from 0, so that the bootstrap is no small number
     with th.no_grad():
         model.policy.value_net.bias.fill_(50.0)
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
+    collect_rollout(model)
     (segment,) = model._segments()
     assert len(segment.truncated) > 2
     np.testing.assert_allclose(segment.rewards[:, 0], true_rewards, atol=1e-4)
