@@ -39,6 +39,18 @@ def register(module: str | None = None) -> None:
 
 def _register_algorithm(utils: Any) -> None:
     utils.ALGOS["blpo"] = BLPO
+    find = utils.get_model_path
+    if hasattr(find, "__wrapped__"):
+        return
+
+    @functools.wraps(find)
+    def get_model_path(exp_id: int, folder: str, algo: str, *args: Any, **kwargs: Any) -> tuple[str, str, str]:
+        # Nobody publishes BLPO agents to download, so what was trained here is the better default for `enjoy`
+        if algo == "blpo" and folder == "rl-trained-agents" and not os.path.isdir(os.path.join(folder, algo)):
+            folder = "logs"
+        return find(exp_id, folder, algo, *args, **kwargs)
+
+    utils.get_model_path = get_model_path
 
 
 def _register_tuning(hyperparams_opt: Any) -> None:

@@ -88,6 +88,12 @@ def test_enjoy(folder):
     assert "Mean reward: -" in succeed("rl_zoo3.enjoy", *arguments, "--exp-id", "1", cwd=folder)
 
 
+def test_enjoy_finds_what_was_trained_without_being_told_where(folder):
+    arguments = ["--algo", "blpo", "--env", "Pendulum-v1", "-n", "200", "--no-render", "--exp-id", "1"]
+    output = succeed("rl_zoo3.enjoy", *arguments, cwd=folder)
+    assert "Loading logs/blpo/Pendulum-v1_1/Pendulum-v1.zip" in output
+
+
 def test_optimize_and_trial_id(folder):
     trials = optuna.load_study(study_name="study", storage=f"sqlite:///{folder / 'study.db'}").trials
     assert [trial.state for trial in trials] == 2 * [optuna.trial.TrialState.COMPLETE]
