@@ -66,10 +66,12 @@ def split_parameters(
         distribution = policy.get_distribution(observation)
         log_prob = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
         value = policy.predict_values(observation).sum()
-    policy.set_training_mode(training)
     parameters = list(named.values())
     by_actor = th.autograd.grad(log_prob, parameters, allow_unused=True)
     by_critic = th.autograd.grad(value, parameters, allow_unused=True)
+    with th.no_grad():
+        policy.get_distribution(observation)  # the policy keeps it, and could not be copied with the graph in it
+    policy.set_training_mode(training)
     actor = {name: p for (name, p), grad in zip(named.items(), by_actor, strict=True) if grad is not None}
     critic = {name: p for (name, p), grad in zip(named.items(), by_critic, strict=True) if grad is not None}
     for name in named:
@@ -207,8 +209,13 @@ class Snapshot(NamedTuple):
         }
         return cls(optimizer, [(tensor, tensor.detach().clone()) for tensor in tensors], state)
 
-    def restore(self) -> None:
-        """Put everything back."""
+    def __enter__(self) -> "Snapshot":
+        return self
+
+    def __exit__(self, exception: type[BaseException] | None, *_: Any) -> None:
+        """Put everything back if the block raised."""
+        if exception is None:
+            return
         with th.no_grad():
             for tensor, value in self.tensors:
                 tensor.copy_(value)

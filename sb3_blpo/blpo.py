@@ -297,15 +297,15 @@ class BLPO(OnPolicyAlgorithm):
             # Every minibatch is a stretch of time; their order is random
             for index in th.randperm(len(segments)).tolist():
                 segment = segments[index]
-                start = Snapshot.of(self.critic_optimizer, self.policy)
-                # Follower: nested updates towards the best response to the current actor
-                critic_updates = [self._update_critic(segment) for _ in range(self.n_critic_updates)]
-                # Leader: the hypergradient under the new critic
-                leader = self._hypergradient(segment, clip_range)
-                for parameter, gradient in zip(actor_parameters, leader.gradients, strict=True):
-                    parameter.grad = -gradient
-                actor_norm = th.nn.utils.clip_grad_norm_(actor_parameters, self.max_grad_norm)
-                approx_kl = self._check_minibatch(start, critic_updates, leader, actor_norm)
+                with Snapshot.of(self.critic_optimizer, self.policy):
+                    # Follower: nested updates towards the best response to the current actor
+                    critic_updates = [self._update_critic(segment) for _ in range(self.n_critic_updates)]
+                    # Leader: the hypergradient under the new critic
+                    leader = self._hypergradient(segment, clip_range)
+                    for parameter, gradient in zip(actor_parameters, leader.gradients, strict=True):
+                        parameter.grad = -gradient
+                    actor_norm = th.nn.utils.clip_grad_norm_(actor_parameters, self.max_grad_norm)
+                    approx_kl = self._check_minibatch(critic_updates, leader, actor_norm)
                 critic_losses = th.stack([update.loss for update in critic_updates])
                 stats.append(leader.stats | {"critic_loss_before": critic_losses[0], "value_loss": critic_losses.mean()})
                 if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
@@ -395,11 +395,9 @@ class BLPO(OnPolicyAlgorithm):
                 max_correction_ratio=self.max_correction_ratio,
             )
 
-    def _check_minibatch(
-        self, start: Snapshot, critic_updates: list[CriticUpdate], leader: Hypergradient, actor_norm: th.Tensor
-    ) -> float:
+    def _check_minibatch(self, critic_updates: list[CriticUpdate], leader: Hypergradient, actor_norm: th.Tensor) -> float:
         """
-        Raise if anything is not finite, the networks and optimizers being put back as they were.
+        Raise if anything is not finite.
 
         :return: Approximate KL divergence between the rollout's policy and the current one
         """
@@ -409,7 +407,6 @@ class BLPO(OnPolicyAlgorithm):
         *numbers, approx_kl = th.stack([*quantities.values(), leader.stats["approx_kl"]]).tolist()
         for name, number in zip(quantities, numbers, strict=True):
             if not math.isfinite(number):
-                start.restore()
                 raise ValueError(
                     f"The {name} is {number} in update {self._n_updates + 1}, after {self.num_timesteps} timesteps; networks "
                     "and optimizers were put back to the start of that minibatch. Look at the scale of rewards and "

@@ -184,9 +184,9 @@ class LayerJacobian(Jacobian):
 
 class FunctionalJacobian(Jacobian):
     """
-    Jacobian of any critic through torch.func, one vector at a time: no array of n_rows × n_params.
+    Jacobian of any critic through torch.func, one vector at a time: no product needs an array of n_rows × n_params.
 
-    The squared norm is an unbiased estimate (Hutchinson) from a few ±1 probes, except where :meth:`gram` is affordable.
+    The squared norm is an unbiased estimate (Hutchinson) from a few ±1 probes; :meth:`gram` alone forms the Jacobian.
 
     :param critic: Maps a dictionary of parameters to the values (n_rows,)
     :param parameters: The critic's parameters by name

@@ -348,3 +348,24 @@ def test_failures_are_recorded_for_other_critics_too(monkeypatch: pytest.MonkeyP
     skipped: list[float] = []
     model.learn(48, callback=AtRolloutStart(lambda m: skipped.append(logged(m).get("correction_skipped", -1))))
     assert skipped == [-1, 2, 2]
+
+
+def test_any_other_error_in_the_middle_of_a_minibatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong after the critic's nested updates, the distribution's own refusal for instance, they are undone."""
+    model = small(n_epochs=2)
+    original, calls = model.policy.get_distribution, 0
+
+    def get_distribution(observations: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise ValueError("Expected parameter loc")
+        return original(observations)
+
+    monkeypatch.setattr(model.policy, "get_distribution", get_distribution)
+    starts = [state_of(model)]
+    model.policy.optimizer.register_step_post_hook(lambda *_: starts.append(state_of(model)))
+    with pytest.raises(ValueError, match="Expected parameter"):
+        model.learn(16)
+    assert len(starts) == 3
+    assert not differences(starts[-1], state_of(model))

@@ -13,7 +13,7 @@ import pytest
 import torch as th
 from envs import BOX, DICT, TORQUES, SpaceEnv, vec_env
 from gymnasium import spaces
-from models import Seen, actor_of, logged, small
+from models import Seen, actor_of, critic_of, logged, small
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 from torch import nn
 
@@ -161,48 +161,82 @@ def test_the_correction_reaches_the_actor(solver: str, curvature: str) -> None:
     assert th.equal(loose, free)
 
 
+def discounts(ends: dict[int, str], n: int, gae_lambda: float) -> tuple[np.ndarray, np.ndarray]:
+    """How much of the value, and of the lambda-return, of the state that follows is in the lambda-return of each step."""
+    of_value, of_return = np.full(n, 1 - gae_lambda), np.full(n, gae_lambda)
+    of_value[-1], of_return[-1] = 1, 0
+    for step, end in ends.items():
+        of_value[step - 1], of_return[step - 1] = float(end == "truncated"), 0
+    return of_value, of_return
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("normalize_advantage", [False, True])
 @pytest.mark.parametrize(
     "ends",
-    [{}, {1: "terminated"}, {2: "truncated"}, {3: "terminated"}, {3: "truncated"}, {1: "truncated", 2: "terminated"}],
+    [
+        [{}],
+        [{1: "terminated"}, {3: "truncated"}],
+        [{2: "truncated"}, {}, {3: "terminated"}],
+        [{3: "terminated"}, {1: "truncated", 2: "terminated"}],
+    ],
     ids=str,
 )
-def test_three_steps_by_hand(ends: dict[int, str], solver: str) -> None:
+def test_three_steps_by_hand(ends: list[dict[int, str]], normalize_advantage: bool, solver: str) -> None:
     """
-    All observations are 0, so that the critic is one number b, H = 2, tr(H) = 2 and everything can be worked out: v = g/(H +
-    alpha), which is u at every step, and the step of an actor that is nothing but a mean and a standard deviation.
+    All observations are 0, so that the critic is one number b, H = 2, tr(H) = 2 and all of Algorithm 1 can be worked out: two
+    nested steps of b, v = g/(H + alpha), which is u at every step, and the step of an actor that is nothing but a mean and a
+    standard deviation.
     """
-    gamma, gae_lambda, damping, b, learning_rate, n = 0.9, 0.5, 0.25, 0.5, 1e-2, 3
+    gamma, gae_lambda, damping, b, actor_rate, critic_rate, n = 0.9, 0.5, 0.25, 0.5, 1e-2, 0.2, 3
+    nothing = spaces.Box(0, 0, (3,), np.float32)
     model = small(
-        env=TerminalsAt(ends, spaces.Box(0, 0, (3,), np.float32)), n_steps=n, batch_size=n, gamma=gamma,
-        gae_lambda=gae_lambda, learning_rate=learning_rate, critic_learning_rate=0.0, max_grad_norm=math.inf,
-        max_correction_ratio=None, ihvp_solver=solver, ihvp_kwargs={"damping": damping},
-        policy_kwargs={"net_arch": [], "optimizer_class": th.optim.SGD},
+        env=DummyVecEnv([functools.partial(TerminalsAt, e, nothing) for e in ends]), n_steps=n, batch_size=n * len(ends),
+        n_critic_updates=2, gamma=gamma, gae_lambda=gae_lambda, learning_rate=actor_rate, critic_learning_rate=critic_rate,
+        max_grad_norm=math.inf, max_correction_ratio=None, normalize_advantage=normalize_advantage, ihvp_solver=solver,
+        ihvp_kwargs={"damping": damping}, policy_kwargs={"net_arch": [], "optimizer_class": th.optim.SGD},
     )  # fmt: skip
     policy: Any = model.policy
     nn.init.constant_(policy.value_net.bias, b)
-    model.learn(n)
+    model.learn(n * len(ends))
 
-    actions = model.rollout_buffer.actions[:, 0].astype(np.float64)
-    rewards, t = np.clip(actions, -2, 2).mean(axis=1), 0
-    # How much of the value, and of the lambda-return, of the state that follows is in the lambda-return
-    of_value, of_return = np.full(n, 1 - gae_lambda), np.full(n, gae_lambda)
-    of_value[-1], of_return[-1] = 1, 0
+    actions = model.rollout_buffer.actions.astype(np.float64)
+    rewards = np.clip(actions, -2, 2).mean(axis=2)
     for k in range(n):
-        t += 1
-        rewards[k] += 0.3 * t
-        if k + 1 in ends:
-            of_value[k], of_return[k], t = float(ends[k + 1] == "truncated"), 0, 0
-    returns = np.zeros(n + 1)
-    for k in reversed(range(n)):
-        returns[k] = rewards[k] + gamma * (of_value[k] * b + of_return[k] * returns[k + 1])
-    z, e, g = np.zeros(n + 1), np.zeros(n + 1), 0.0
-    for k in range(n):
-        z[k] = 1 / n + gamma * of_return[k - 1] * z[k - 1]
-        g += gamma * of_value[k] * z[k]
+        for i, e in enumerate(ends):
+            rewards[k, i] += 0.3 * (k + 1 - max((step for step in e if step <= k), default=0))
+
+    def returns() -> np.ndarray:
+        Q = np.zeros((n + 1, len(ends)))
+        for i, e in enumerate(ends):
+            of_value, of_return = discounts(e, n, gae_lambda)
+            for k in reversed(range(n)):
+                Q[k, i] = rewards[k, i] + gamma * (of_value[k] * b + of_return[k] * Q[k + 1, i])
+        return Q[:n]
+
+    targets = returns()
+    for _ in range(2):
+        b -= critic_rate * 2 * (b - targets).mean()
+    advantages = returns() - b
+    N, g = rewards.size, 0.0
+    trace = np.ones((n, len(ends)))
+    for i, e in enumerate(ends):
+        of_value, of_return = discounts(e, n, gae_lambda)
+        for k in range(1, n):
+            trace[k, i] += gamma * of_return[k - 1] * trace[k - 1, i]
+        g += (gamma * of_value * trace[:, i]).sum() / N
     u = g / (2 + 2 * damping)
-    for k in range(n):
-        e[k] = u + gamma * of_return[k - 1] * e[k - 1]
-    weights = (1 + 2 * e[:n]) / n * (returns[:n] - b)
-    np.testing.assert_allclose(policy.action_net.bias.detach(), learning_rate * weights @ actions, rtol=1e-4)
-    np.testing.assert_allclose(policy.log_std.detach(), learning_rate * weights @ (actions**2 - 1), rtol=1e-4)
+    mean, std = (advantages.mean(), advantages.std(ddof=1)) if normalize_advantage else (0, 1)
+    weights = ((advantages - mean) + 2 * u * trace * advantages) / std / N
+    np.testing.assert_allclose(policy.value_net.bias.detach(), b, rtol=1e-5)
+    for actual, gradient in ((policy.action_net.bias, actions), (policy.log_std, actions**2 - 1)):
+        expected = actor_rate * (weights[:, :, None] * gradient).sum(axis=(0, 1))
+        np.testing.assert_allclose(actual.detach(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_max_grad_norm_is_the_actors() -> None:
+    free, step = actor_step("nystrom", n_critic_updates=3)
+    clipped, short_step = actor_step("nystrom", n_critic_updates=3, max_grad_norm=0.02)
+    assert step.norm() > 4e-4
+    th.testing.assert_close(short_step, step * 2e-4 / step.norm(), rtol=1e-2, atol=2e-7)
+    assert all(th.equal(a, b) for a, b in zip(critic_of(free), critic_of(clipped), strict=True))

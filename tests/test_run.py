@@ -281,12 +281,31 @@ def test_optimizers_share_the_policy_between_them(actions: str) -> None:
     assert owners == {name: "critic" if "value_net" in name else "actor" for name in names.values()}
 
 
-def test_optimizer_class_and_kwargs_serve_both() -> None:
-    model = small(policy_kwargs={"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.5}})
+@pytest.mark.parametrize(
+    ("optimizer_class", "optimizer_kwargs"),
+    [
+        (th.optim.SGD, {"momentum": 0.5}),
+        (th.optim.Adam, {"betas": (0.8, 0.9), "eps": 1e-3}),
+        (th.optim.Adam, {"fused": False}),
+        (th.optim.AdamW, {"foreach": True, "weight_decay": 0.1}),
+    ],
+)
+def test_optimizer_class_and_kwargs_serve_both(
+    optimizer_class: type[th.optim.Optimizer], optimizer_kwargs: dict[str, Any]
+) -> None:
+    model = small(policy_kwargs={"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs})
     for optimizer in (model.policy.optimizer, model.critic_optimizer):
-        assert type(optimizer) is th.optim.SGD
-        assert optimizer.param_groups[0]["momentum"] == 0.5
+        assert type(optimizer) is optimizer_class
+        for name, value in optimizer_kwargs.items():
+            assert optimizer.param_groups[0][name] == value
     check_learning(model)
+
+
+def test_default_optimizers_are_those_of_sb3() -> None:
+    model = small()
+    for optimizer in (model.policy.optimizer, model.critic_optimizer):
+        assert type(optimizer) is th.optim.Adam
+        assert optimizer.param_groups[0]["eps"] == 1e-5
 
 
 class TwoHeads(nn.Module):

@@ -333,3 +333,8 @@ def test_load_as_rl_zoo_enjoys(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         loaded.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0]
     )
+
+
+def test_a_fresh_model_can_be_copied() -> None:
+    policy = small().policy
+    assert th.equal(copy.deepcopy(policy).value_net.weight, policy.value_net.weight)
