@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn.modules import activation
@@ -25,6 +25,9 @@ ELEMENTWISE = (
     activation.Softsign, activation.Hardtanh, activation.Hardswish, activation.Hardsigmoid, activation.LogSigmoid,
     activation.Softshrink, activation.Hardshrink, activation.Tanhshrink, nn.Identity,
 )  # fmt: skip
+
+#: What combines them
+CONTAINERS = (nn.Sequential, nn.ModuleDict, FlattenExtractor, NatureCNN, CombinedExtractor)
 
 
 def unshare_features_extractor(policy: ActorCriticPolicy) -> None:
@@ -110,7 +113,7 @@ class Critic(nn.Module):
         super().__init__()
         self.policy = policy
         self.trainable: dict[str, th.Tensor] = {f"policy.{name}": parameter for name, parameter in parameters.items()}
-        self.layers = linear_layers(policy, list(parameters.values()))
+        self.layers = plain_layers(policy, list(parameters.values()))
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -143,11 +146,7 @@ class Critic(nn.Module):
         :return: The values' Jacobian by the critic's parameters
         """
         if self.layers is not None:
-            with th.no_grad():
-                features = super(ActorCriticPolicy, self.policy).extract_features(
-                    observations, self.policy.vf_features_extractor
-                )
-            return LayerJacobian(self.layers, features)
+            return LayerJacobian(self, observations, self.layers)
 
         def values(parameters: dict[str, th.Tensor]) -> th.Tensor:
             return th.func.functional_call(self, parameters, (observations,))
@@ -155,31 +154,35 @@ class Critic(nn.Module):
         return FunctionalJacobian(values, self.trainable, generator)
 
 
-def linear_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> nn.Sequential | None:
+def plain_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> list[nn.Module] | None:
     """
-    See whether the critic is, behind a features extractor without parameters, a chain of Linear layers and elementwise
-    activations, so that everything the solvers need follows from the layers' inputs and signals.
+    See whether the critic is made of SB3's own parts with nothing but Linear and Conv2d layers and elementwise activations in
+    them, so that everything the solvers need follows from the layers' inputs and signals.
 
     :param policy: The policy
     :param parameters: The critic's trainable parameters
-    :return: The chain; ``None`` for any other critic
+    :return: The layers in the order of the parameters; ``None`` for any other critic
     """
-    overridden = (
-        type(policy).predict_values is not ActorCriticPolicy.predict_values
-        or type(policy.mlp_extractor) is not MlpExtractor
-        or type(policy.vf_features_extractor) not in (FlattenExtractor, CombinedExtractor)
-        or any(True for _ in policy.vf_features_extractor.parameters())
-    )
-    if overridden:
+    if type(policy).predict_values is not ActorCriticPolicy.predict_values or type(policy.mlp_extractor) is not MlpExtractor:
         return None
-    body = nn.Sequential(*policy.mlp_extractor.value_net, policy.value_net)
-    known = all(
-        type(module) is nn.Linear or (type(module) in ELEMENTWISE and not getattr(module, "inplace", False)) for module in body
-    )
+    parts = [policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net]
+    modules = [module for part in parts for module in part.modules()]
+    if not all(map(_is_plain, modules)):
+        return None
+    layers = [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d)]
     # Same parameters in the same order: nothing frozen, nothing beside the layers, no layer used twice
-    chain = [parameter for module in body for parameter in module.parameters()]
+    chain = [parameter for layer in layers for parameter in layer.parameters()]
     same = len(chain) == len(parameters) and all(a is b for a, b in zip(chain, parameters, strict=True))
-    return body if known and same else None
+    return list(layers) if same else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return type(module) is nn.Conv2d and module.groups == 1 and zeros
+    if type(module) in ELEMENTWISE:
+        return not getattr(module, "inplace", False)
+    return type(module) in (nn.Linear, nn.Flatten, *CONTAINERS)
 
 
 class Snapshot(NamedTuple):

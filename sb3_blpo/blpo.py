@@ -29,7 +29,7 @@ SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")
 IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "gaussian", "max_iter": 50, "tol": 1e-5}
 
 #: ihvp_solver="exact" refuses anything larger: of the dense Hessian, in critic parameters, and of the Jacobian of a critic
-#: that is no chain of Linear layers, in bytes
+#: that is not made of Linear and Conv2d layers, in bytes
 MAX_HESSIAN_PARAMETERS = 20_000
 MAX_JACOBIAN_BYTES = 64 * 2**20
 
@@ -226,8 +226,8 @@ class BLPO(OnPolicyAlgorithm):
             if self.critic.layers is None and jacobian_bytes > MAX_JACOBIAN_BYTES:
                 raise ValueError(
                     f"`ihvp_solver`='exact' takes at most {MAX_JACOBIAN_BYTES} bytes for the Jacobian of a critic that is not "
-                    f"made of Linear layers, but a minibatch of {length * width} transitions and {n_parameters} parameters "
-                    f"needs {jacobian_bytes}; use 'nystrom' or 'cg', or a smaller `batch_size`."
+                    f"made of Linear and Conv2d layers, but a minibatch of {length * width} transitions and {n_parameters} "
+                    f"parameters needs {jacobian_bytes}; use 'nystrom' or 'cg', or a smaller `batch_size`."
                 )
         truncated = self.n_steps % length or n_envs % width * self.n_steps
         if self.env is not None and truncated:

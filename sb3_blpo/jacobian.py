@@ -1,12 +1,13 @@
 """
 Products with the critic's Jacobian J, whose row j is the gradient of the value V(s_j) by the critic's parameters.
 
-:class:`LayerJacobian` serves critics made of Linear layers and elementwise activations and never forms J;
+:class:`LayerJacobian` serves critics made of Linear and Conv2d layers and elementwise activations, and never forms J;
 :class:`FunctionalJacobian` serves every other critic through torch.func.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -74,112 +75,216 @@ class Jacobian(ABC):
         """
 
 
+class LayerRows(ABC):
+    """The part of J that belongs to one layer."""
+
+    @abstractmethod
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        """
+        :param v: The layer's part of k parameter vectors (n_layer_params, k)
+        :return: Its part of J v (n_rows, k)
+        """
+
+    @abstractmethod
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        """
+        :param w: k vectors of coefficients (n_rows, k)
+        :return: The layer's part of J^T w (n_layer_params, k)
+        """
+
+    @abstractmethod
+    def columns(self, index: th.Tensor) -> th.Tensor:
+        """
+        :param index: Indices among the layer's parameters (k,)
+        :return: These columns of J (n_rows, k)
+        """
+
+    @abstractmethod
+    def gram(self) -> th.Tensor:
+        """
+        :return: The layer's part of J J^T (n_rows, n_rows)
+        """
+
+    @abstractmethod
+    def squared_norm(self, n: int) -> th.Tensor:
+        """
+        :param n: How many rows count, from the first
+        :return: The layer's part of the sum of their squared norms ()
+        """
+
+
+class LinearRows(LayerRows):
+    """
+    Of a Linear layer: the gradient of V(s_j) by its weight is the outer product of the layer's signal delta[j] = dV/dz and its
+    input h[j], so every product is a matrix product with these factors.
+
+    :param layer: The layer
+    :param h: Its inputs (n_rows, n_in)
+    :param signal: Derivatives of the values by its outputs (n_rows, n_out)
+    """
+
+    #: Largest number of elements of an intermediate result, unless a single vector needs more
+    chunk_elements = 2**24
+
+    def __init__(self, layer: nn.Linear, h: th.Tensor, signal: th.Tensor) -> None:
+        self.h = h
+        self.signal = signal
+        self.has_bias = layer.bias is not None
+        self.n_weights = layer.weight.numel()
+
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        n_rows, n_in = self.h.shape
+        group = max(1, self.chunk_elements // (n_rows * n_in))
+        return th.cat([self._J_v(part) for part in v.split(group, dim=1)], dim=1)
+
+    def _J_v(self, v: th.Tensor) -> th.Tensor:
+        n_rows, n_in = self.h.shape
+        n_out, k = self.signal.shape[1], v.shape[1]
+        change = (self.signal @ v[: self.n_weights].reshape(n_out, n_in * k)).view(n_rows, n_in, k)
+        product = (self.h[:, None] @ change)[:, 0]
+        return product + self.signal @ v[self.n_weights :] if self.has_bias else product
+
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        n_rows, n_in = self.h.shape
+        group = max(1, self.chunk_elements // (n_rows * n_in))
+        return th.cat([self._Jt_w(part) for part in w.split(group, dim=1)], dim=1)
+
+    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
+        n_rows, n_in = self.h.shape
+        k = w.shape[1]
+        weighted = (self.h[:, :, None] * w[:, None]).view(n_rows, n_in * k)
+        product = (self.signal.T @ weighted).view(self.n_weights, k)
+        return th.cat([product, self.signal.T @ w]) if self.has_bias else product
+
+    def columns(self, index: th.Tensor) -> th.Tensor:
+        n_in = self.h.shape[1]
+        # A bias sees the constant input 1
+        inputs = F.pad(self.h, (0, 1), value=1.0)
+        is_weight = index < self.n_weights
+        out_index = th.where(is_weight, index // n_in, index - self.n_weights)
+        in_index = th.where(is_weight, index % n_in, n_in)
+        return self.signal[:, out_index] * inputs[:, in_index]
+
+    def gram(self) -> th.Tensor:
+        inner = self.h @ self.h.T
+        return self.signal @ self.signal.T * (inner + 1 if self.has_bias else inner)
+
+    def squared_norm(self, n: int) -> th.Tensor:
+        h_squared = self.h[:n].square().sum(dim=1)
+        return (self.signal[:n].square().sum(dim=1) * (h_squared + 1 if self.has_bias else h_squared)).sum()
+
+
+class ConvRows(LayerRows):
+    """
+    Of a Conv2d layer, as a matrix: weights shared over the image leave no outer product, but are few.
+
+    :param layer: The layer, of one group and padded with zeros
+    :param h: Its inputs (n_rows, n_channels, height, width)
+    :param signal: Derivatives of the values by its outputs (n_rows, n_out, height', width')
+    """
+
+    #: Rows per group: a group's unfolded inputs are larger than the images by the kernel's area
+    group = 64
+
+    def __init__(self, layer: nn.Conv2d, h: th.Tensor, signal: th.Tensor) -> None:
+        self.rows = th.cat(
+            [self._rows(layer, *part) for part in zip(h.split(self.group), signal.split(self.group), strict=True)]
+        )
+
+    @staticmethod
+    def _rows(layer: nn.Conv2d, h: th.Tensor, signal: th.Tensor) -> th.Tensor:
+        patches = F.unfold(h, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        signal = signal.flatten(2)
+        by_weight = (signal @ patches.transpose(1, 2)).flatten(1)
+        return by_weight if layer.bias is None else th.cat([by_weight, signal.sum(dim=2)], dim=1)
+
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        return self.rows @ v
+
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        return self.rows.T @ w
+
+    def columns(self, index: th.Tensor) -> th.Tensor:
+        return self.rows[:, index]
+
+    def gram(self) -> th.Tensor:
+        return self.rows @ self.rows.T
+
+    def squared_norm(self, n: int) -> th.Tensor:
+        return self.rows[:n].square().sum()
+
+
 class LayerJacobian(Jacobian):
     """
-    Jacobian of a chain of Linear layers and elementwise activations, from one forward and one backward pass.
+    Jacobian of a critic whose parameters all belong to Linear and Conv2d layers, each used once, and whose values do not
+    depend on one another's observations. One forward and one backward pass give all layers' inputs and signals, and J is never
+    formed.
 
-    The gradient of V(s_j) by the weight of layer l is the outer product of the layer's signal delta_l[j] = dV/dz_l and its
-    input h_l[j], so every product with J is a few matrix products with these factors.
-
-    :param body: Linear layers and elementwise activations, ending in a single output
-    :param features: Input of the first layer (n_rows, n_features)
+    :param critic: Maps observations to values (n_rows,) or (n_rows, 1)
+    :param observations: Its input
+    :param layers: The layers, in the order of the parameters; ``None``: all that the critic has
     """
 
     cheap_gram = True
-    #: Largest number of elements of an intermediate result
-    chunk_elements = 2**22
 
-    def __init__(self, body: nn.Sequential, features: th.Tensor) -> None:
-        self.body = body
-        self.layers = [module for module in body if isinstance(module, nn.Linear)]
-        self.inputs: list[th.Tensor] = []
-        outputs = []
-        h = features.detach()
-        with th.enable_grad():
-            for module in body:
-                if isinstance(module, nn.Linear):
-                    self.inputs.append(h.detach())
-                    # Detached parameters: only the signals are wanted, so the backward pass skips the weights
-                    h = F.linear(h, module.weight.detach(), None if module.bias is None else module.bias.detach())
-                    outputs.append(h if h.requires_grad else h.requires_grad_())
-                else:
-                    h = module(h)
-            self.signals = th.autograd.grad(h.sum(), outputs)
-        super().__init__(h.detach().flatten(), sum(p.numel() for layer in self.layers for p in layer.parameters()))
+    def __init__(self, critic: nn.Module, observations: Any, layers: Sequence[nn.Module] | None = None) -> None:
+        self.critic = critic
+        self.observations = observations
+        if layers is None:
+            layers = [module for module in critic.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        self.layers = layers
+        seen: dict[nn.Module, tuple[th.Tensor, th.Tensor]] = {}
 
-    def _chunks(self, vectors: th.Tensor) -> tuple[th.Tensor, ...]:
-        """Cut the columns of (n, k) into groups whose intermediate results (n_rows, width, group) stay small."""
-        width = max(max(layer.in_features, layer.out_features) for layer in self.layers)
-        return vectors.split(max(1, self.chunk_elements // (len(self.values) * width)), dim=1)
+        def keep(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
+            seen[layer] = inputs[0].detach(), output
+
+        hooks = [layer.register_forward_hook(keep) for layer in layers]
+        try:
+            with th.enable_grad():
+                values = critic(observations).flatten()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # A value depends on its own row alone: the gradient of their sum has each row's own in its place
+        signals = th.autograd.grad(values.sum(), [seen[layer][1] for layer in layers])
+        self.parts: list[LayerRows] = [
+            ConvRows(layer, seen[layer][0], signal) if isinstance(layer, nn.Conv2d)
+            else LinearRows(layer, seen[layer][0], signal)  # type: ignore[arg-type]
+            for layer, signal in zip(layers, signals, strict=True)
+        ]  # fmt: skip
+        self.sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+        super().__init__(values.detach(), sum(self.sizes))
 
     def J_v(self, v: th.Tensor) -> th.Tensor:
         if v.ndim == 1:
             return self.J_v(v[:, None])[:, 0]
-        return th.cat([self._J_v(chunk) for chunk in self._chunks(v)], dim=1)
-
-    def _J_v(self, v: th.Tensor) -> th.Tensor:
-        n_rows, k = len(self.values), v.shape[1]
-        parts = iter(v.split([parameter.numel() for layer in self.layers for parameter in layer.parameters()]))
-        product = v.new_zeros(n_rows, k)
-        for layer, h, signal in zip(self.layers, self.inputs, self.signals, strict=True):
-            n_out, n_in = layer.weight.shape
-            # One large matrix product for the change of the layer's outputs under all k vectors (n_rows, n_out, k)
-            weights = next(parts).view(n_out, n_in, k).transpose(0, 1).reshape(n_in, n_out * k)
-            change = (h @ weights).view(n_rows, n_out, k)
-            product += (signal[:, None] @ change)[:, 0]
-            if layer.bias is not None:
-                product += signal @ next(parts)
-        return product
+        products = [part.J_v(v_part) for part, v_part in zip(self.parts, v.split(self.sizes), strict=True)]
+        return th.stack(products).sum(dim=0)
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
         if w.ndim == 1:
             return self.Jt_w(w[:, None])[:, 0]
-        return th.cat([self._Jt_w(chunk) for chunk in self._chunks(w)], dim=1)
-
-    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
-        n_rows, k = w.shape
-        parts = []
-        for layer, h, signal in zip(self.layers, self.inputs, self.signals, strict=True):
-            n_out, n_in = layer.weight.shape
-            weighted = (signal[:, :, None] * w[:, None]).view(n_rows, n_out * k)
-            parts.append((h.T @ weighted).view(n_in, n_out, k).transpose(0, 1).reshape(n_out * n_in, k))
-            if layer.bias is not None:
-                parts.append(signal.T @ w)
-        return th.cat(parts)
+        return th.cat([part.Jt_w(w) for part in self.parts])
 
     def columns(self, index: th.Tensor) -> th.Tensor:
-        # Column (l, o, i) is signal_l[:, o] * h_l[:, i]; a bias sees the constant input 1
-        ones = self.values.new_ones(len(self.values), 1)
-        signals, inputs = th.cat(self.signals, dim=1), th.cat([*self.inputs, ones], dim=1)
-        out_index, in_index = [], []
-        n_out, n_in = 0, 0
-        for layer in self.layers:
-            rows = th.arange(n_out, n_out + layer.out_features, device=index.device)
-            out_index.append(rows.repeat_interleave(layer.in_features))
-            in_index.append(th.arange(n_in, n_in + layer.in_features, device=index.device).repeat(layer.out_features))
-            if layer.bias is not None:
-                out_index.append(rows)
-                in_index.append(th.full_like(rows, inputs.shape[1] - 1))
-            n_out, n_in = n_out + layer.out_features, n_in + layer.in_features
-        return signals[:, th.cat(out_index)[index]] * inputs[:, th.cat(in_index)[index]]
+        columns = self.values.new_empty(len(self.values), len(index))
+        start = 0
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            here = (index >= start) & (index < start + size)
+            columns[:, here] = part.columns(index[here] - start)
+            start += size
+        return columns
 
     def gram(self) -> th.Tensor:
-        K = self.values.new_zeros(len(self.values), len(self.values))
-        for layer, h, signal in zip(self.layers, self.inputs, self.signals, strict=True):
-            inner = h @ h.T
-            K += signal @ signal.T * (inner if layer.bias is None else inner + 1)
-        return K
+        return th.stack([part.gram() for part in self.parts]).sum(dim=0)
 
     def squared_norm(self, n: int) -> th.Tensor:
-        total = self.values.new_zeros(())
-        for layer, h, signal in zip(self.layers, self.inputs, self.signals, strict=True):
-            h_squared = h[:n].square().sum(dim=1)
-            total += (signal[:n].square().sum(dim=1) * (h_squared if layer.bias is None else h_squared + 1)).sum()
-        return total
+        return th.stack([part.squared_norm(n) for part in self.parts]).sum()
 
     def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
-        parameters = {name: parameter.detach() for name, parameter in self.body.named_parameters()}
-        return _hessian_v(lambda p: functional_call(self.body, p, (self.inputs[0],)).flatten(), parameters, w, v)
+        own = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
+        parameters = {name: p.detach() for name, p in self.critic.named_parameters() if id(p) in own}
+        return _hessian_v(lambda p: functional_call(self.critic, p, (self.observations,)).flatten(), parameters, w, v)
 
 
 class FunctionalJacobian(Jacobian):

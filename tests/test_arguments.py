@@ -16,7 +16,7 @@ import torch as th
 from envs import IMAGE, TORQUES, SpaceEnv, vec_env
 from models import SMALL, Seen, moved, parameters_of, small
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.torch_layers import MlpExtractor, NatureCNN
 from torch import nn
 
 import sb3_blpo
@@ -196,8 +196,13 @@ def test_exact_hessian_of_a_large_critic() -> None:
     small(curvature="hessian", ihvp_solver="exact", policy_kwargs={"net_arch": [100, 100]})
 
 
+class OwnCNN(NatureCNN):
+    """A features extractor whose layers BLPO does not know."""
+
+
 def test_exact_with_a_large_jacobian() -> None:
-    images: dict[str, Any] = {"policy": "CnnPolicy", "policy_kwargs": {"net_arch": []}, "n_steps": 256}
+    own: dict[str, Any] = {"net_arch": [], "features_extractor_class": OwnCNN}
+    images: dict[str, Any] = {"policy": "CnnPolicy", "policy_kwargs": own, "n_steps": 256}
     message = refusal(env=SpaceEnv(IMAGE), ihvp_solver="exact", batch_size=256, **images)
     assert "`ihvp_solver`='exact'" in message and f"at most {64 * 2**20} bytes" in message and "256 transitions" in message
     # 2 environments of 64 steps fill a minibatch, 4 would as well
@@ -205,7 +210,8 @@ def test_exact_with_a_large_jacobian() -> None:
     assert "256 transitions" in message
     small(env=vec_env(SpaceEnv(IMAGE), 2), ihvp_solver="exact", batch_size=256, **(images | {"n_steps": 64}))
     small(env=SpaceEnv(IMAGE), ihvp_solver="nystrom", batch_size=256, **images)
-    # Linear critics never form the Jacobian
+    # Critics made of Linear layers and convolutions never form the Jacobian
+    small("CnnPolicy", SpaceEnv(IMAGE), ihvp_solver="exact", n_steps=256, batch_size=256)
     small(ihvp_solver="exact", n_steps=4096, batch_size=4096, policy_kwargs={"net_arch": [64, 64]})
 
 

@@ -7,11 +7,12 @@ import torch as th
 from brute_force import as_flat_function
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
 from sb3_blpo.actor_critic import Critic, split_parameters, unshare_features_extractor
-from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
+from sb3_blpo.jacobian import ConvRows, FunctionalJacobian, Jacobian, LayerJacobian, LinearRows
 
 BODIES = {
     "linear": lambda: nn.Sequential(nn.Linear(3, 1)),
@@ -19,6 +20,10 @@ BODIES = {
     "relu": lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)),
     "silu": lambda: nn.Sequential(nn.Linear(3, 5), nn.SiLU(), nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 1)),
     "elu, no bias": lambda: nn.Sequential(nn.Linear(3, 7, bias=False), nn.ELU(), nn.Linear(7, 1)),
+    "convolutions": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 1, 3)), nn.Conv2d(1, 3, (1, 2), padding=1, stride=(1, 2)), nn.Tanh(),
+        nn.Conv2d(3, 2, (2, 1), dilation=(2, 1), bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4, 1),
+    ),
     "256, 256": lambda: nn.Sequential(nn.Linear(3, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1)),
 }  # fmt: skip
 
@@ -81,12 +86,20 @@ def test_hutchinson_is_unbiased():
     assert abs(estimates.mean() - exact) < 4 * standard_error
 
 
-def test_products_in_chunks_are_the_same():
+def test_rows_of_convolutions_in_groups_are_the_same(monkeypatch):
+    th.manual_seed(0)
+    body, observations = BODIES["convolutions"]().double(), th.randn(11, 3, dtype=th.float64)
+    whole = LayerJacobian(body, observations).gram()
+    monkeypatch.setattr(ConvRows, "group", 4)
+    th.testing.assert_close(LayerJacobian(body, observations).gram(), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_products_in_chunks_are_the_same(monkeypatch):
     th.manual_seed(0)
     jacobian = LayerJacobian(BODIES["tanh"]().double(), th.randn(11, 3, dtype=th.float64))
     V, W = th.randn(jacobian.n_params, 10, dtype=th.float64), th.randn(11, 10, dtype=th.float64)
     whole = jacobian.J_v(V), jacobian.Jt_w(W)
-    jacobian.chunk_elements = 150  # 2 columns at a time
+    monkeypatch.setattr(LinearRows, "chunk_elements", 150)  # 2 columns at a time
     th.testing.assert_close((jacobian.J_v(V), jacobian.Jt_w(W)), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -117,6 +130,17 @@ class OwnValues(ActorCriticPolicy):
 
     def predict_values(self, obs):
         return super().predict_values(obs) ** 2
+
+
+class GroupedConvolution(BaseFeaturesExtractor):
+    """A features extractor of the user's."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 8)
+        self.convolution = nn.Conv2d(4, 8, 1, groups=2)
+
+    def forward(self, observations):
+        return self.convolution(observations[:, :, None, None]).flatten(1)
 
 
 class LayerNormExtractor(nn.Module):
@@ -155,7 +179,10 @@ class LayerNormPolicy(ActorCriticPolicy):
         (ActorCriticPolicy, BOX, {"activation_fn": nn.PReLU}, False),
         (ActorCriticPolicy, BOX, {"activation_fn": lambda: nn.ReLU(inplace=True)}, False),
         (ActorCriticPolicy, BOX, {"activation_fn": nn.Dropout}, False),
-        (ActorCriticCnnPolicy, IMAGE, {}, False),
+        (ActorCriticCnnPolicy, IMAGE, {}, True),
+        (ActorCriticCnnPolicy, IMAGE, {"net_arch": [8], "normalize_images": False}, True),
+        (MultiInputActorCriticPolicy, spaces.Dict({"image": IMAGE, "vector": BOX}), {}, True),
+        (ActorCriticPolicy, BOX, {"features_extractor_class": GroupedConvolution}, False),
         (OwnValues, BOX, {}, False),
         (LayerNormPolicy, BOX, {}, False),
     ],
