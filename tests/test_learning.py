@@ -43,9 +43,10 @@ def test_identity_box():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_cartpole(seed):
+    # The schedule of RL Zoo's tuned PPO: short rollouts, all of them one minibatch
     model = BLPO(
-        "MlpPolicy", make_vec_env("CartPole-v1", 8, seed=seed), n_steps=64, batch_size=64, seed=seed,
-        learning_rate=LinearSchedule(1e-3, 0.0, 1.0), critic_learning_rate=LinearSchedule(4e-3, 0.0, 1.0),
-        clip_range=LinearSchedule(0.2, 0.0, 1.0),
+        "MlpPolicy", make_vec_env("CartPole-v1", 8, seed=seed), n_steps=32, batch_size=256, n_epochs=20, gamma=0.98,
+        gae_lambda=0.8, learning_rate=LinearSchedule(1e-3, 0.0, 1.0), critic_learning_rate=LinearSchedule(4e-3, 0.0, 1.0),
+        clip_range=LinearSchedule(0.2, 0.0, 1.0), seed=seed,
     ).learn(50_000)  # fmt: skip
     assert evaluate_policy(model, make_vec_env("CartPole-v1", 4, seed=1000 + seed), n_eval_episodes=20)[0] >= 475
