@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import Logger
 
 import sb3_blpo.blpo
 from sb3_blpo import BLPO
+from sb3_blpo.actor_critic import parameters_of
 from sb3_blpo.segments import Segment
 
 SMALL: dict[str, Any] = dict(n_steps=16, batch_size=8, n_epochs=1, seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
@@ -20,10 +21,6 @@ SMALL: dict[str, Any] = dict(n_steps=16, batch_size=8, n_epochs=1, seed=0, devic
 def small(policy: Any = "MlpPolicy", env: Any = None, **arguments: Any) -> BLPO:
     """A model with two minibatches of 8 transitions per environment and rollout."""
     return BLPO(policy, SpaceEnv() if env is None else env, **(SMALL | {"ihvp_kwargs": {"rank": 6}} | arguments))
-
-
-def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch as th
 from envs import IMAGE, TORQUES, SpaceEnv, vec_env
-from models import SMALL, Seen, moved, parameters_of, small
+from models import SMALL, Seen, moved, small
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import MlpExtractor, NatureCNN
 from torch import nn
 
 import sb3_blpo
 from sb3_blpo import BLPO
+from sb3_blpo.actor_critic import parameters_of
 from sb3_blpo.checks import ARGUMENT_RULES, IHVP_RULES
 
 NAN, INF = math.nan, math.inf

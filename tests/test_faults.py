@@ -9,13 +9,14 @@ import pytest
 import torch as th
 from envs import BOX, IMAGE, TORQUES, FaultyEnv, SpaceEnv
 from gymnasium import spaces
-from models import AtRolloutStart, actor_of, critic_of, differences, logged, moved, parameters_of, small, state_of
+from models import AtRolloutStart, actor_of, critic_of, differences, logged, moved, small, state_of
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_blpo import BLPO
+from sb3_blpo.actor_critic import parameters_of
 from sb3_blpo.ihvp import Solution
 from sb3_blpo.jacobian import LayerJacobian
 

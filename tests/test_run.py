@@ -12,7 +12,7 @@ import pytest
 import torch as th
 from envs import ACTION_SPACES, BOX, DICT, IMAGE, OBSERVATION_SPACES, TORQUES, SpaceEnv, vec_env
 from gymnasium import spaces
-from models import AtRolloutStart, Seen, actor_of, critic_of, differences, logged, moved, parameters_of, small, state_of
+from models import AtRolloutStart, Seen, actor_of, critic_of, differences, logged, moved, small, state_of
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback
 from stable_baselines3.common.logger import configure
@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_blpo import BLPO
+from sb3_blpo.actor_critic import parameters_of
 
 PPO_KEYS = {
     "learning_rate", "entropy_loss", "policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "loss",

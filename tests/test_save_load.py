@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from envs import ACTION_SPACES, IMAGE, TORQUES, SpaceEnv, vec_env
-from models import SMALL, AtRolloutStart, actor_of, critic_of, differences, logged, moved, parameters_of, small, state_of
+from models import SMALL, AtRolloutStart, actor_of, critic_of, differences, logged, moved, small, state_of
 from stable_baselines3 import PPO
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_blpo import BLPO
+from sb3_blpo.actor_critic import parameters_of
 
 
 class Dropping(BaseFeaturesExtractor):
