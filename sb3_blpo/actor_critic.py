@@ -154,7 +154,7 @@ class Critic(nn.Module):
         return FunctionalJacobian(values, self.trainable, generator)
 
 
-def plain_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> list[nn.Module] | None:
+def plain_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> list[nn.Linear | nn.Conv2d] | None:
     """
     See whether the critic is made of SB3's own parts with nothing but Linear and Conv2d layers and elementwise activations in
     them, so that everything the solvers need follows from the layers' inputs and signals.
@@ -173,7 +173,7 @@ def plain_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> l
     # Same parameters in the same order: nothing frozen, nothing beside the layers, no layer used twice
     chain = [parameter for layer in layers for parameter in layer.parameters()]
     same = len(chain) == len(parameters) and all(a is b for a, b in zip(chain, parameters, strict=True))
-    return list(layers) if same else None
+    return layers if same else None
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -132,10 +132,13 @@ class LinearRows(LayerRows):
         self.has_bias = layer.bias is not None
         self.n_weights = layer.weight.numel()
 
+    def _in_groups(self, product: Callable[[th.Tensor], th.Tensor], vectors: th.Tensor) -> th.Tensor:
+        """Multiply as many of the k vectors at a time as keep the intermediate result (n_rows, n_in, k) small."""
+        group = max(1, self.chunk_elements // self.h.numel())
+        return th.cat([product(part) for part in vectors.split(group, dim=1)], dim=1)
+
     def J_v(self, v: th.Tensor) -> th.Tensor:
-        n_rows, n_in = self.h.shape
-        group = max(1, self.chunk_elements // (n_rows * n_in))
-        return th.cat([self._J_v(part) for part in v.split(group, dim=1)], dim=1)
+        return self._in_groups(self._J_v, v)
 
     def _J_v(self, v: th.Tensor) -> th.Tensor:
         n_rows, n_in = self.h.shape
@@ -145,9 +148,7 @@ class LinearRows(LayerRows):
         return product + self.signal @ v[self.n_weights :] if self.has_bias else product
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        n_rows, n_in = self.h.shape
-        group = max(1, self.chunk_elements // (n_rows * n_in))
-        return th.cat([self._Jt_w(part) for part in w.split(group, dim=1)], dim=1)
+        return self._in_groups(self._Jt_w, w)
 
     def _Jt_w(self, w: th.Tensor) -> th.Tensor:
         n_rows, n_in = self.h.shape
@@ -227,7 +228,7 @@ class LayerJacobian(Jacobian):
 
     cheap_gram = True
 
-    def __init__(self, critic: nn.Module, observations: Any, layers: Sequence[nn.Module] | None = None) -> None:
+    def __init__(self, critic: nn.Module, observations: Any, layers: Sequence[nn.Linear | nn.Conv2d] | None = None) -> None:
         self.critic = critic
         self.observations = observations
         if layers is None:
@@ -248,10 +249,13 @@ class LayerJacobian(Jacobian):
         # A value depends on its own row alone: the gradient of their sum has each row's own in its place
         signals = th.autograd.grad(values.sum(), [seen[layer][1] for layer in layers])
         self.parts: list[LayerRows] = [
-            ConvRows(layer, seen[layer][0], signal) if isinstance(layer, nn.Conv2d)
-            else LinearRows(layer, seen[layer][0], signal)  # type: ignore[arg-type]
+            (
+                ConvRows(layer, seen[layer][0], signal)
+                if isinstance(layer, nn.Conv2d)
+                else LinearRows(layer, seen[layer][0], signal)
+            )
             for layer, signal in zip(layers, signals, strict=True)
-        ]  # fmt: skip
+        ]
         self.sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
         super().__init__(values.detach(), sum(self.sizes))
 

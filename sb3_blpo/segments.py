@@ -5,8 +5,8 @@ SB3's rollout buffer, or the user's, is read in its (n_steps, n_envs) layout; it
 called.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -31,22 +31,16 @@ class Truncation(NamedTuple):
     observation: PyTorchObs
 
 
-def join(observations: list[PyTorchObs]) -> PyTorchObs:
-    """
-    :param observations: Batches of observations, at least one
-    :return: One batch of them all, in the first one's shape: Discrete ones are (n, 1) in the buffer, (n,) elsewhere
-    """
-    first = observations[0]
-    if isinstance(first, dict):
-        return {key: th.cat([obs[key].reshape(-1, *value.shape[1:]) for obs in observations]) for key, value in first.items()}  # type: ignore[index]
-    return th.cat([obs.reshape(-1, *first.shape[1:]) for obs in observations])  # type: ignore[union-attr]
+def _each(function: Callable[..., th.Tensor], *observations: Any) -> PyTorchObs:
+    """Apply a function to observations, or to each part of them if they are dictionaries."""
+    if isinstance(observations[0], dict):
+        return {key: function(*(obs[key] for obs in observations)) for key in observations[0]}
+    return function(*observations)
 
 
-def _cut(observations: PyTorchObs, steps: slice, envs: slice) -> PyTorchObs:
-    """Take a block of (n_steps, n_envs, ...) observations, its steps and environments joined, steps first."""
-    if isinstance(observations, dict):
-        return {key: obs[steps, envs].flatten(0, 1) for key, obs in observations.items()}
-    return observations[steps, envs].flatten(0, 1)
+def _join(first: th.Tensor, *others: th.Tensor) -> th.Tensor:
+    """Join batches in the first one's shape: Discrete observations are (n, 1) in the buffer, (n,) elsewhere."""
+    return th.cat([first, *(other.reshape(-1, *first.shape[1:]) for other in others)])
 
 
 class Segment(NamedTuple):
@@ -88,10 +82,7 @@ class Segment(NamedTuple):
     @property
     def states(self) -> PyTorchObs:
         """The observations s_t (N, ...)."""
-        n = self.n_transitions
-        if isinstance(self.observations, dict):
-            return {key: obs[:n] for key, obs in self.observations.items()}
-        return self.observations[:n]
+        return _each(lambda obs: obs[: self.n_transitions], self.observations)
 
     def advantages(self, values: th.Tensor) -> th.Tensor:
         """
@@ -162,10 +153,7 @@ class Rollout:
         self.n_steps, self.n_envs = buffer.rewards.shape
         self.last_observation = last_observation
         self.truncations = truncations
-        if isinstance(buffer.observations, dict):
-            self.observations: PyTorchObs = {key: th.as_tensor(obs, device=device) for key, obs in buffer.observations.items()}
-        else:
-            self.observations = th.as_tensor(buffer.observations, device=device)
+        self.observations = _each(lambda obs: th.as_tensor(obs, device=device), buffer.observations)
         # As SB3's buffer hands them out: float32, int64 for discrete actions
         actions = th.as_tensor(buffer.actions.astype(np.float32), device=device)
         self.actions = actions.long().squeeze(2) if isinstance(buffer.action_space, spaces.Discrete) else actions
@@ -197,16 +185,15 @@ class Rollout:
 
     def _segment(self, steps: slice, envs: slice) -> Segment:
         inside_rollout = steps.stop < self.n_steps
+        states = _each(lambda obs: obs[steps, envs].flatten(0, 1), self.observations)
         if inside_rollout:
-            following = _cut(self.observations, slice(steps.stop, steps.stop + 1), envs)
-        elif isinstance(self.last_observation, dict):
-            following = {key: obs[envs] for key, obs in self.last_observation.items()}
+            following = _each(lambda obs: obs[steps.stop, envs], self.observations)
         else:
-            following = self.last_observation[envs]
+            following = _each(lambda obs: obs[envs], self.last_observation)
         truncations = [t for t in self.truncations if steps.start <= t.step < steps.stop and envs.start <= t.env < envs.stop]
         width = envs.stop - envs.start
         return Segment(
-            join([_cut(self.observations, steps, envs), following, *(t.observation for t in truncations)]),
+            _each(_join, states, following, *(t.observation for t in truncations)),
             self.actions[steps, envs].flatten(0, 1),
             self.old_log_prob[steps, envs].flatten(),
             self.returns[steps, envs].flatten(),
