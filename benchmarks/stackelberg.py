@@ -21,6 +21,7 @@ from mdp import MDP, Game, cosine, random_mdps
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_blpo.actor_critic import likelihood
 from sb3_blpo.gae import DiscountedSum
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solver
@@ -57,9 +58,7 @@ def leader(
     assert isinstance(segment.observations, th.Tensor)
     jacobian = LayerJacobian(critic, segment.observations)
     return hypergradient(
-        [theta],
-        policy.log_prob(segment.actions),
-        policy.entropy(),
+        *likelihood([theta], policy.log_prob(segment.actions), policy.entropy()),
         segment,
         jacobian.values,
         None if solver is None else jacobian,
@@ -164,7 +163,7 @@ class Quadratic:
         rewards = th.stack([self.k * a[0] ** 2 / 2, -a[0] * a[1]])
         policy = th.distributions.Normal(mean, self.sigma)
         segment = segment_of(states, a.flatten(), rewards, policy, self.critic, 1.0, 0.0, self.U, self.done)
-        (step,) = leader(mean, policy, segment, self.critic, solver, damping=1e-9).gradients
+        step = leader(mean, policy, segment, self.critic, solver, damping=1e-9).gradient
         (follower,) = th.autograd.grad(
             F.mse_loss(self.critic(segment.states).flatten(), segment.returns), list(self.critic.parameters())
         )
@@ -288,7 +287,7 @@ def train(mdp: MDP, solver: Solver | None, damping: float, n_iterations: int) ->
             critic_optimizer.step()
         if solver is not None:
             solver.draw(weights(critic), sketches)
-        (gradient,) = leader(theta, policy, segment, critic, solver, damping, ENT_COEF).gradients
+        gradient = leader(theta, policy, segment, critic, solver, damping, ENT_COEF).gradient.view_as(theta)
         history.append(Iteration(theta.detach().clone(), omega, weights(critic), follower[0], gradient))
         theta.grad = gradient
         actor_optimizer.step()

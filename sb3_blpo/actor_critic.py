@@ -5,18 +5,27 @@ An SB3 actor-critic policy as leader and follower: two sets of parameters that h
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
+from torch.distributions import Distribution
+from torch.nn import functional as F
 from torch.nn.modules import activation
 
-from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
+from sb3_blpo.chain import Chain
+from sb3_blpo.jacobian import ChainJacobian, FunctionalJacobian, Jacobian, LayerJacobian
 
 #: Activations that act on every element by itself and have no parameters
 ELEMENTWISE = (
@@ -24,6 +33,11 @@ ELEMENTWISE = (
     activation.GELU, activation.SiLU, activation.Mish, activation.Tanh, activation.Sigmoid, activation.Softplus,
     activation.Softsign, activation.Hardtanh, activation.Hardswish, activation.Hardsigmoid, activation.LogSigmoid,
     activation.Softshrink, activation.Hardshrink, activation.Tanhshrink, nn.Identity,
+)  # fmt: skip
+
+#: Distributions of the actor's outputs, and at most of log_std
+DISTRIBUTIONS = (
+    DiagGaussianDistribution, CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution,
 )  # fmt: skip
 
 #: What combines them
@@ -114,6 +128,9 @@ class Critic(nn.Module):
         self.policy = policy
         self.trainable: dict[str, th.Tensor] = {f"policy.{name}": parameter for name, parameter in parameters.items()}
         self.layers = plain_layers(policy, list(parameters.values()))
+        self.chain: Chain | None = None
+        if self.layers is not None:
+            self.chain = chain_of(policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net)
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -121,6 +138,34 @@ class Critic(nn.Module):
         :return: Their values (n,)
         """
         return self.policy.predict_values(observations).flatten()
+
+    @th.no_grad()
+    def values(self, observations: PyTorchObs) -> th.Tensor:
+        """
+        :param observations: (n, ...)
+        :return: Their values, without a graph (n,)
+        """
+        return (
+            self(observations)
+            if self.chain is None
+            else self.chain.tape(flat_features(self.policy, observations)).outputs[:, 0]
+        )
+
+    def loss_and_gradient(self, observations: PyTorchObs, returns: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        The follower's loss (1/N) sum_t (V_t - R_t)^2.
+
+        :param observations: (N, ...)
+        :param returns: R_t (N,)
+        :return: The loss () and its gradient (n_params,)
+        """
+        if self.chain is not None:
+            tape = self.chain.tape(flat_features(self.policy, observations))
+            residuals = tape.outputs - returns[:, None]
+            return residuals.square().mean(), th.cat(tape.gradient(residuals * (2 / len(returns))))
+        loss = F.mse_loss(self(observations), returns)
+        gradients = th.autograd.grad(loss, list(self.trainable.values()), allow_unused=True, materialize_grads=True)
+        return loss.detach(), th.cat([gradient.flatten() for gradient in gradients])
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -145,6 +190,8 @@ class Critic(nn.Module):
         :param generator: Source of what the Jacobian draws
         :return: The values' Jacobian by the critic's parameters
         """
+        if self.chain is not None:
+            return ChainJacobian(self.chain, flat_features(self.policy, observations))
         if self.layers is not None:
             return LayerJacobian(self, observations, self.layers)
 
@@ -163,7 +210,7 @@ def plain_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> l
     :param parameters: The critic's trainable parameters
     :return: The layers in the order of the parameters; ``None`` for any other critic
     """
-    if type(policy).predict_values is not ActorCriticPolicy.predict_values or type(policy.mlp_extractor) is not MlpExtractor:
+    if not _is_sb3(policy, "predict_values") or type(policy.mlp_extractor) is not MlpExtractor:
         return None
     parts = [policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net]
     modules = [module for part in parts for module in part.modules()]
@@ -176,6 +223,31 @@ def plain_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> l
     return layers if same else None
 
 
+def chain_of(extractor: nn.Module, *networks: nn.Module) -> Chain | None:
+    """
+    See whether networks are nothing but Linear layers and activations one after another.
+
+    :param extractor: Features extractor before them
+    :param networks: The networks
+    :return: Their layers; ``None`` if there is something else, or if features are more than the flattened observation
+    """
+    modules = [part for network in networks for part in (network if type(network) is nn.Sequential else [network])]
+    plain = all(type(module) is nn.Linear or (type(module) in ELEMENTWISE and _is_plain(module)) for module in modules)
+    return Chain(modules) if plain and type(extractor) is FlattenExtractor else None
+
+
+def flat_features(policy: ActorCriticPolicy, observations: PyTorchObs) -> th.Tensor:
+    """
+    :param policy: A policy whose features are the flattened observation
+    :param observations: (n, ...)
+    :return: The features (n, n_features)
+    """
+    if isinstance(observations, th.Tensor) and type(policy.observation_space) is spaces.Box and observations.ndim == 2:
+        return observations.float()
+    # The policy's own extract_features() would answer for both networks
+    return BasePolicy.extract_features(policy, observations, policy.vf_features_extractor)
+
+
 def _is_plain(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
@@ -183,6 +255,140 @@ def _is_plain(module: nn.Module) -> bool:
     if type(module) in ELEMENTWISE:
         return not getattr(module, "inplace", False)
     return type(module) in (nn.Linear, nn.Flatten, *CONTAINERS)
+
+
+class ActionLikelihood(NamedTuple):
+    """
+    How likely the actor finds given actions.
+
+    :param log_prob: log pi(a_t|s_t) (N,)
+    :param entropy: Entropy of pi(.|s_t) (N,); ``None`` where it has no closed form
+    :param gradient: Maps derivatives by log_prob (N,) and, where not ``None``, by the entropy (N,) to the gradient by the
+        actor's parameters, flattened and joined (n_actor_params,)
+    """
+
+    log_prob: th.Tensor
+    entropy: th.Tensor | None
+    gradient: Callable[[th.Tensor, th.Tensor | None], th.Tensor]
+
+
+def likelihood(parameters: Sequence[th.Tensor], log_prob: th.Tensor, entropy: th.Tensor | None) -> ActionLikelihood:
+    """
+    Differentiate automatically.
+
+    :param parameters: The actor's parameters
+    :param log_prob: log pi(a_t|s_t), differentiable (N,)
+    :param entropy: Entropy of pi(.|s_t), differentiable (N,); ``None`` where it has no closed form
+    :return: The same without a graph, and their gradient
+    """
+
+    def gradient(by_log_prob: th.Tensor, by_entropy: th.Tensor | None) -> th.Tensor:
+        outputs, by_outputs = [log_prob], [by_log_prob]
+        if by_entropy is not None:
+            assert entropy is not None
+            outputs, by_outputs = [log_prob, entropy], [by_log_prob, by_entropy]
+        gradients = th.autograd.grad(outputs, parameters, by_outputs, retain_graph=True)
+        return th.cat([part.flatten() for part in gradients])
+
+    return ActionLikelihood(log_prob.detach(), None if entropy is None else entropy.detach(), gradient)
+
+
+class Actor:
+    """
+    The policy's action distribution.
+
+    :param policy: The policy
+    :param parameters: The actor's trainable parameters
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> None:
+        self.policy = policy
+        self.parameters = parameters
+        #: Whether :meth:`act` may take the place of the policy's ``forward()``
+        self.acts_as_sb3 = _is_sb3(policy, "forward", "get_distribution", "predict_values")
+        self.chain: Chain | None = None
+        plain = _is_sb3(policy, "get_distribution", "_get_action_dist_from_latent")
+        if plain and type(policy.mlp_extractor) is MlpExtractor and type(policy.action_dist) in DISTRIBUTIONS:
+            chain = chain_of(policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
+            own = [policy.log_std] if type(policy.action_dist) is DiagGaussianDistribution else []
+            wanted = [] if chain is None else [*own, *chain.parameters()]
+            if len(wanted) == len(parameters) and all(a is b for a, b in zip(wanted, parameters, strict=True)):
+                self.chain = chain
+
+    def act(self, observations: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        What the policy's ``forward()`` does, without the values.
+
+        :param observations: (n, ...)
+        :param deterministic: Whether to take the most likely actions
+        :return: The same actions (n, ...), NaN for the values (n, 1), the same log-probabilities (n,)
+        :raises ValueError: If a log-probability is not finite
+        """
+        distribution = self.policy.get_distribution(observations)
+        try:
+            actions = distribution.get_actions(deterministic=deterministic)
+            log_prob = distribution.log_prob(actions)
+        except RuntimeError as error:  # of multinomial()
+            raise ValueError("The policy's probabilities hold NaN.") from error
+        if not log_prob.isfinite().all():
+            raise ValueError("The policy's log-probabilities hold NaN or infinity.")
+        actions = actions.reshape((-1, *self.policy.action_space.shape))  # type: ignore[misc]
+        return actions, log_prob.new_full((len(log_prob), 1), th.nan), log_prob
+
+    def likelihood(self, observations: PyTorchObs, actions: th.Tensor) -> ActionLikelihood:
+        """
+        :param observations: (N, ...)
+        :param actions: (N, ...)
+        :return: How likely the actions are
+        """
+        if self.chain is not None:
+            return self._chain_likelihood(self.chain, observations, actions)
+        distribution = self.policy.get_distribution(observations)
+        return likelihood(self.parameters, distribution.log_prob(actions), distribution.entropy())
+
+    def _chain_likelihood(self, chain: Chain, observations: PyTorchObs, actions: th.Tensor) -> ActionLikelihood:
+        """The same, with automatic differentiation for no more than the distribution."""
+        policy = self.policy
+        tape = chain.tape(flat_features(policy, observations))
+        arguments = [tape.outputs.requires_grad_()]
+        if type(policy.action_dist) is DiagGaussianDistribution:
+            # One for each row, so that each row has its own derivative
+            arguments.append(policy.log_std.detach().expand_as(tape.outputs).requires_grad_())
+        # A copy: a policy that keeps a distribution with a graph cannot be copied
+        distribution = copy.copy(policy.action_dist).proba_distribution(*arguments)
+        log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
+        assert entropy is not None
+        by_arguments = th.autograd.grad(log_prob.sum(), arguments, retain_graph=True)
+
+        def gradient(by_log_prob: th.Tensor, by_entropy: th.Tensor | None) -> th.Tensor:
+            by_output, *by_log_std = [by_log_prob[:, None] * part for part in by_arguments]
+            if by_entropy is not None:
+                entropy_by = th.autograd.grad(entropy, arguments, by_entropy, retain_graph=True, materialize_grads=True)
+                by_output, *by_log_std = [a + b for a, b in zip([by_output, *by_log_std], entropy_by, strict=True)]
+            return th.cat([part.sum(dim=0) for part in by_log_std] + tape.gradient(by_output))
+
+        return ActionLikelihood(log_prob.detach(), entropy.detach(), gradient)
+
+
+@contextlib.contextmanager
+def without_validation() -> Iterator[None]:
+    """
+    Switch the validation of torch's distributions off for a while: for small networks a quarter of the time of acting. What it
+    would find is found by the checks for NaN.
+
+    :return: A context manager
+    """
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def _is_sb3(policy: ActorCriticPolicy, *methods: str) -> bool:
+    """Whether the policy has these methods from SB3's base class."""
+    return all(getattr(type(policy), method) is getattr(ActorCriticPolicy, method) for method in methods)
 
 
 class Snapshot(NamedTuple):
@@ -199,13 +405,13 @@ class Snapshot(NamedTuple):
     state: dict[th.Tensor, dict[str, Any]]
 
     @classmethod
-    def of(cls, optimizer: th.optim.Optimizer, policy: ActorCriticPolicy) -> "Snapshot":
+    def of(cls, optimizer: th.optim.Optimizer, buffers: list[th.Tensor]) -> "Snapshot":
         """
         :param optimizer: The critic's optimizer
-        :param policy: The policy, whose buffers (statistics of normalisation layers) forward passes change
+        :param buffers: The policy's, which forward passes change (statistics of normalisation layers)
         :return: Their values now
         """
-        tensors = [*parameters_of(optimizer), *policy.buffers()]
+        tensors = [*parameters_of(optimizer), *buffers]
         state = {
             parameter: {key: value.clone() if isinstance(value, th.Tensor) else value for key, value in entries.items()}
             for parameter, entries in optimizer.state.items()
@@ -224,6 +430,19 @@ class Snapshot(NamedTuple):
                 tensor.copy_(value)
         self.optimizer.state.clear()
         self.optimizer.state.update(self.state)
+
+
+def gradient_vector(parameters: list[th.Tensor]) -> th.Tensor:
+    """
+    :param parameters: Parameters of one optimizer; their ``grad`` is set to views of the result
+    :return: A vector that holds all of their gradients, zero now
+    """
+    vector = th.zeros(
+        sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+    )
+    for parameter, part in zip(parameters, vector.split([parameter.numel() for parameter in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return vector
 
 
 def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:

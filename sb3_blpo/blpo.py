@@ -1,14 +1,16 @@
 """BLPO: Bilevel Policy Optimization with Nyström Hypergradients."""
 
+import contextlib
 import copy
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, BasePolicy, MultiInputActorCriticPolicy
@@ -16,17 +18,26 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
-from torch.nn import functional as F
 
-from sb3_blpo.actor_critic import Critic, Snapshot, make_optimizer, parameters_of, split_parameters, unshare_features_extractor
+from sb3_blpo.actor_critic import (
+    Actor,
+    Critic,
+    Snapshot,
+    gradient_vector,
+    make_optimizer,
+    parameters_of,
+    split_parameters,
+    unshare_features_extractor,
+    without_validation,
+)
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import Solver, make_solver
-from sb3_blpo.segments import Rollout, Segment, Truncation
+from sb3_blpo.segments import Rollout, Segment, Truncation, each
 
 SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")
 
-IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "gaussian", "max_iter": 50, "tol": 1e-5}
+IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "values", "max_iter": 50, "tol": 1e-5}
 
 #: ihvp_solver="exact" refuses anything larger: of the dense Hessian, in critic parameters, and of the Jacobian of a critic
 #: that is not made of Linear and Conv2d layers, in bytes
@@ -112,6 +123,7 @@ class BLPO(OnPolicyAlgorithm):
     }
 
     clip_range: Any  # a float or schedule as the user passes it, a FloatSchedule from `_setup_model` on
+    actor: Actor
     critic: Critic
     critic_optimizer: th.optim.Optimizer
     solver: Solver | None
@@ -202,6 +214,7 @@ class BLPO(OnPolicyAlgorithm):
         actor, critic = split_parameters(self.policy, self.observation_space)
         self.policy.optimizer = make_optimizer(self.policy, actor, self.lr_schedule(1))
         self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1))
+        self.actor = Actor(self.policy, list(actor.values()))
         self.critic = Critic(self.policy, critic)
         settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
         self.damping = settings.pop("damping")
@@ -254,11 +267,41 @@ class BLPO(OnPolicyAlgorithm):
         """
         self._truncations = []
         try:
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            with self._lean_acting(rollout_buffer):
+                return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         except ValueError as error:
             # The distribution refuses the parameters that NaN observations lead to, in words that do not mention them
             check_finite("observations", self._last_obs)
             raise error
+
+    @contextlib.contextmanager
+    def _lean_acting(self, rollout_buffer: RolloutBuffer) -> Iterator[None]:
+        """Act without the critic; when the rollout is full, it sees all observations at once: nobody needs values earlier."""
+        if not (self.actor.acts_as_sb3 and type(rollout_buffer) in (RolloutBuffer, DictRolloutBuffer)):
+            yield
+            return
+
+        def with_values(last_values: th.Tensor, dones: np.ndarray) -> None:
+            rollout_buffer.values[:] = self._rollout_values(rollout_buffer.observations).cpu().numpy()
+            type(rollout_buffer).compute_returns_and_advantage(rollout_buffer, last_values, dones)
+
+        self.policy.forward = self.actor.act  # type: ignore[method-assign, assignment]
+        rollout_buffer.compute_returns_and_advantage = with_values  # type: ignore[method-assign]
+        try:
+            with without_validation():
+                yield
+        finally:
+            del self.policy.forward, rollout_buffer.compute_returns_and_advantage
+
+    def _rollout_values(self, observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
+        """Values of a rollout's observations (n_steps, n_envs)."""
+
+        def values(steps: slice) -> th.Tensor:
+            part = each(lambda obs: th.as_tensor(obs[steps], device=self.device).flatten(0, 1), observations)
+            return self.critic.values(part).view(-1, self.n_envs)
+
+        n_steps = max(1, 1024 // self.n_envs)  # at a time: images are large
+        return th.cat([values(slice(start, start + n_steps)) for start in range(0, self.n_steps, n_steps)])
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
@@ -282,7 +325,9 @@ class BLPO(OnPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         clip_range = scheduled("clip_range", self.clip_range, self._current_progress_remaining)
-        actor_parameters = parameters_of(self.policy.optimizer)
+        buffers = list(self.policy.buffers())
+        actor_gradient = gradient_vector(parameters_of(self.policy.optimizer))
+        critic_gradient = gradient_vector(parameters_of(self.critic_optimizer))
         segments = self._segments()
         if self.solver is not None:
             assert self.sketch_generator is not None
@@ -297,14 +342,14 @@ class BLPO(OnPolicyAlgorithm):
             # Every minibatch is a stretch of time; their order is random
             for index in th.randperm(len(segments)).tolist():
                 segment = segments[index]
-                with Snapshot.of(self.critic_optimizer, self.policy):
+                with Snapshot.of(self.critic_optimizer, buffers):
                     # Follower: nested updates towards the best response to the current actor
-                    critic_updates = [self._update_critic(segment) for _ in range(self.n_critic_updates)]
+                    critic_updates = [self._update_critic(segment, critic_gradient) for _ in range(self.n_critic_updates)]
                     # Leader: the hypergradient under the new critic
-                    leader = self._hypergradient(segment, clip_range)
-                    for parameter, gradient in zip(actor_parameters, leader.gradients, strict=True):
-                        parameter.grad = -gradient
-                    actor_norm = th.nn.utils.clip_grad_norm_(actor_parameters, self.max_grad_norm)
+                    leader = self._hypergradient(segment, clip_range, with_residual=not stats)
+                    actor_norm = th.linalg.vector_norm(leader.gradient)
+                    clip = (self.max_grad_norm / (actor_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_
+                    th.mul(leader.gradient, -clip, out=actor_gradient)
                     approx_kl = self._check_minibatch(critic_updates, leader, actor_norm)
                 critic_losses = th.stack([update.loss for update in critic_updates])
                 stats.append(leader.stats | {"critic_loss_before": critic_losses[0], "value_loss": critic_losses.mean()})
@@ -356,33 +401,28 @@ class BLPO(OnPolicyAlgorithm):
         )
         return list(rollout.segments(self.batch_size))
 
-    def _update_critic(self, segment: Segment) -> CriticUpdate:
+    def _update_critic(self, segment: Segment, gradient_vector: th.Tensor) -> CriticUpdate:
         """One step of the follower on the mean squared error against the rollout's lambda-returns."""
-        loss = F.mse_loss(self.critic(segment.states), segment.returns)
-        self.critic_optimizer.zero_grad()
-        loss.backward()
-        gradients = [p.grad for p in parameters_of(self.critic_optimizer) if p.grad is not None]
+        loss, gradient = self.critic.loss_and_gradient(segment.states, segment.returns)
+        gradient_vector.copy_(gradient)
         self.critic_optimizer.step()
-        return CriticUpdate(loss.detach(), th.nn.utils.get_total_norm(gradients))
+        return CriticUpdate(loss, th.linalg.vector_norm(gradient))
 
-    def _hypergradient(self, segment: Segment, clip_range: float) -> Hypergradient:
+    def _hypergradient(self, segment: Segment, clip_range: float, with_residual: bool) -> Hypergradient:
         """The leader's gradient on one minibatch."""
-        distribution = self.policy.get_distribution(segment.states)
-        log_prob, entropy = distribution.log_prob(segment.actions), distribution.entropy()
+        with without_validation():
+            likelihood = self.actor.likelihood(segment.states, segment.actions)
         # The values that the leader reckons with must not depend on the minibatch's statistics or on dropout
         with self.critic.evaluation_mode():
             jacobian = None
             if self.solver is None:
-                with th.no_grad():
-                    values = self.critic(segment.observations)
+                values = self.critic.values(segment.observations)
             else:
                 assert self.sketch_generator is not None
                 jacobian = self.critic.jacobian(segment.observations, self.sketch_generator)
                 values = jacobian.values
             return hypergradient(
-                parameters_of(self.policy.optimizer),
-                log_prob,
-                entropy,
+                *likelihood,
                 segment,
                 values,
                 jacobian,
@@ -393,6 +433,7 @@ class BLPO(OnPolicyAlgorithm):
                 damping=self.damping,
                 curvature=self.curvature,
                 max_correction_ratio=self.max_correction_ratio,
+                with_residual=with_residual,
             )
 
     def _check_minibatch(self, critic_updates: list[CriticUpdate], leader: Hypergradient, actor_norm: th.Tensor) -> float:
@@ -424,8 +465,9 @@ class BLPO(OnPolicyAlgorithm):
         if self.solver is not None:
             done = columns["correction_skipped"] == 0
             means["correction_skipped"] = len(done) - done.sum()
-            for name in ("correction_ratio", "correction_cosine", "correction_capped", "ihvp_residual"):
+            for name in ("correction_ratio", "correction_cosine", "correction_capped"):
                 means[name] = columns[name][done].mean() if done.any() else np.nan
+            means["ihvp_residual"] = columns["ihvp_residual"][0]
         for name, mean in means.items():
             self.logger.record(f"train/{name}", float(mean))
         buffer = self.rollout_buffer
@@ -481,4 +523,4 @@ class BLPO(OnPolicyAlgorithm):
         return [*state_dicts, "critic_optimizer"], tensors
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "critic", "solver", "_truncations"]
+        return [*super()._excluded_save_params(), "actor", "critic", "solver", "_truncations"]

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import Schedule
 
 IHVP_SOLVERS = ("nystrom", "cg", "nystrom_cg", "exact", "none")
 CURVATURES = ("gauss_newton", "hessian")
-SKETCHES = ("gaussian", "columns")
+SKETCHES = ("values", "gaussian", "columns")
 
 
 def scheduled(name: str, schedule: Schedule, progress_remaining: float) -> float:

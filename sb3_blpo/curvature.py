@@ -3,18 +3,38 @@ The curvature H of the critic's loss, as the solvers in :mod:`sb3_blpo.ihvp` see
 
 A solver finds x with (H + alpha I) x = g for vectors in some representation: parameter vectors themselves, or the coefficients
 c of J^T c. With the Gauss-Newton matrix both the right side and the solution lie in the span of J's rows, so that all of the
-algebra can happen among n_rows coefficients and the Gram matrix J J^T, without a single array as long as the parameters.
+algebra can happen among n_rows coefficients and columns of the Gram matrix J J^T, without an array as long as the parameters.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch as th
 
 from sb3_blpo.jacobian import Jacobian
 
-#: Up to this many values the Gauss-Newton algebra is done among values (a Gram matrix of 8 MiB in float64), above it among
+#: Up to this many values solvers that need the whole Gram matrix may have it (8 MiB in float64); above it they work among
 #: parameters, so that memory grows linearly with the minibatch
 MAX_GRAM_ROWS = 1024
+
+
+class Restriction(NamedTuple):
+    """
+    H restricted to the span of k vectors omega_i, and the way back.
+
+    :param H: omega_i^T H omega_j (k, k)
+    :param inner: omega_i^T omega_j (k, k)
+    :param g: omega_i^T g (k,)
+    :param lift: Maps coefficients y (k,) to the vector sum_i y_i omega_i in the curvature's representation
+    :param values: Maps them to what this vector does to the values of the loss's states (n_steps,)
+    """
+
+    H: th.Tensor
+    inner: th.Tensor
+    g: th.Tensor
+    lift: Callable[[th.Tensor], th.Tensor]
+    values: Callable[[th.Tensor], th.Tensor]
 
 
 class Curvature(ABC):
@@ -26,10 +46,15 @@ class Curvature(ABC):
     :param n_steps: Number N of values in the loss (1/N) sum_t (V_t - R_t)^2
     """
 
+    #: Whether H is positive semi-definite, and not only symmetric
+    semidefinite = True
+
     def __init__(self, jacobian: Jacobian, g: th.Tensor, n_steps: int) -> None:
         self.jacobian = jacobian
         self.g = g
         self.n_steps = n_steps
+        #: Relative error of products with J
+        self.rounding = th.finfo(jacobian.values.dtype).eps
 
     @abstractmethod
     def H_v(self, x: th.Tensor) -> th.Tensor:
@@ -51,6 +76,20 @@ class Curvature(ABC):
         """
         :param omega: Orthonormal parameter vectors (n_params, k), or the indices of k parameters (k,), integers
         :return: C = H Omega in this representation (n, k) and M = Omega^T H Omega (k, k)
+        """
+
+    @abstractmethod
+    def restrict(self, rows: th.Tensor) -> Restriction:
+        """
+        :param rows: Indices of k rows of J (k,)
+        :return: H on the span of these values' gradients
+        """
+
+    @abstractmethod
+    def sketch_of_rows(self, rows: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param rows: Indices of k rows of J (k,)
+        :return: C and M as in :meth:`sketch`, for these values' gradients as Omega
         """
 
     @abstractmethod
@@ -81,22 +120,30 @@ class GramGaussNewton(Curvature):
     :param jacobian: As in :class:`Curvature`
     :param c: Coefficients of the right side g = J^T c (n_rows,)
     :param n_steps: As in :class:`Curvature`
+    :param whole: Whether to form the Gram matrix at once, for solvers that multiply by it often
     """
 
-    def __init__(self, jacobian: Jacobian, c: th.Tensor, n_steps: int) -> None:
+    def __init__(self, jacobian: Jacobian, c: th.Tensor, n_steps: int, whole: bool = True) -> None:
         super().__init__(jacobian, c.double(), n_steps)
-        self.K = jacobian.gram().double()
+        self.whole = whole
+        if whole:
+            self.K = jacobian.gram().double()
+
+    def _K_x(self, x: th.Tensor) -> th.Tensor:
+        if self.whole:
+            return self.K @ x
+        return self.jacobian.J_v(self.jacobian.Jt_w(x.to(self.jacobian.values.dtype))).double()
 
     def _extend(self, x: th.Tensor) -> th.Tensor:
         """(2/N) times x, with zeros for the rows that are not in the loss."""
-        rest = x.new_zeros(len(self.K) - self.n_steps, *x.shape[1:])
+        rest = x.new_zeros(len(self.g) - self.n_steps, *x.shape[1:])
         return th.cat([2 / self.n_steps * x, rest])
 
     def H_v(self, x: th.Tensor) -> th.Tensor:
-        return self._extend(self.K[: self.n_steps] @ x)
+        return self._extend(self._K_x(x)[: self.n_steps])
 
     def dot(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
-        return x.T @ (self.K @ y) if x.ndim == 2 else x @ (self.K @ y)
+        return x.T @ self._K_x(y) if x.ndim == 2 else x @ self._K_x(y)
 
     def sketch(self, omega: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         jacobian = self.jacobian
@@ -104,11 +151,26 @@ class GramGaussNewton(Curvature):
         B = J_omega[: self.n_steps].double()
         return self._extend(B), 2 / self.n_steps * B.T @ B
 
+    def restrict(self, rows: th.Tensor) -> Restriction:
+        K = self.jacobian.gram(rows).double()
+        B = K[: self.n_steps]
+        return Restriction(
+            2 / self.n_steps * B.T @ B,
+            K[rows],
+            self.g @ K,
+            lambda y: th.zeros_like(self.g).index_copy(0, rows, y),
+            lambda y: (B @ y).to(self.jacobian.values.dtype),
+        )
+
+    def sketch_of_rows(self, rows: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        B = self.K[: self.n_steps, rows]
+        return self._extend(B), 2 / self.n_steps * B.T @ B
+
     def dense(self) -> th.Tensor:
         return self._extend(self.K[: self.n_steps])
 
     def to_values(self, x: th.Tensor) -> th.Tensor:
-        return (self.K[: self.n_steps] @ x).to(self.jacobian.values.dtype)
+        return self._K_x(x)[: self.n_steps].to(self.jacobian.values.dtype)
 
     def to_parameters(self, x: th.Tensor) -> th.Tensor:
         return self.jacobian.Jt_w(x.to(self.jacobian.values.dtype))
@@ -141,6 +203,22 @@ class GaussNewton(Curvature):
         C = self.H_v(th.eye(self.jacobian.n_params, dtype=self.g.dtype, device=self.g.device)[:, omega])
         return C, C[omega]
 
+    def _basis(self, rows: th.Tensor) -> th.Tensor:
+        chosen = th.zeros(len(self.jacobian.values), len(rows), dtype=self.g.dtype, device=self.g.device)
+        chosen[rows, th.arange(len(rows), device=self.g.device)] = 1
+        return th.linalg.qr(self.jacobian.Jt_w(chosen)).Q
+
+    def restrict(self, rows: th.Tensor) -> Restriction:
+        omega = self._basis(rows)
+        identity = th.eye(omega.shape[1], dtype=omega.dtype, device=omega.device)
+        return Restriction(
+            omega.T @ self.H_v(omega), identity, omega.T @ self.g, lambda y: omega @ y.to(omega.dtype),
+            lambda y: self.to_values(omega @ y.to(omega.dtype)),
+        )  # fmt: skip
+
+    def sketch_of_rows(self, rows: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return self.sketch(self._basis(rows))
+
     def dense(self) -> th.Tensor:
         return self.H_v(th.eye(self.jacobian.n_params, dtype=self.g.dtype, device=self.g.device))
 
@@ -159,6 +237,8 @@ class Hessian(GaussNewton):
     :param c: Coefficients of the right side g = J^T c (n_rows,)
     :param residuals: V_t - R_t (n_steps,)
     """
+
+    semidefinite = False
 
     def __init__(self, jacobian: Jacobian, c: th.Tensor, residuals: th.Tensor) -> None:
         super().__init__(jacobian, c, len(residuals))

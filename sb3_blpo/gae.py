@@ -46,10 +46,11 @@ class DiscountedSum:
         self.keep = discount * (1 - done)
         self.matrix: th.Tensor | None = None
         if len(done) <= self.max_matrix_steps:
-            # Column by column the response to a unit input: U as the inverse of the bidiagonal I - keep shifted (n_envs, T, T)
-            identity = th.eye(len(done), dtype=done.dtype, device=done.device)
-            bidiagonal = identity - th.diag_embed(self.keep.T[:, :-1], offset=1)
-            self.matrix = th.linalg.solve_triangular(bidiagonal, identity, upper=True, unitriangular=True)
+            # U[t, k] = (gamma lambda)^(k - t) from t on to the end of its episode (n_envs, T, T)
+            time = th.arange(len(done), device=done.device)
+            powers = th.tensor(discount, dtype=done.dtype, device=done.device) ** (time - time[:, None]).clamp_min(0)
+            episode = (done.cumsum(0) - done).T
+            self.matrix = (powers * (episode[:, :, None] == episode[:, None])).triu()
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
         """

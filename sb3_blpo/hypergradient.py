@@ -5,10 +5,11 @@ Both are policy gradients with weights on the ratios rho_t = pi(a_t|s_t) / pi_ol
 
     (1/N) sum_t (1 + 2 e_t) m_t rho_t A_t grad log pi(a_t|s_t),
 
-so the bilevel part costs one linear solve for the critic and one further backward pass through the actor.
+so the bilevel part costs one linear solve for the critic and one further backward pass through the actor. Gradients by the
+actor's parameters are flat vectors, joined in the optimizer's order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch as th
@@ -22,10 +23,11 @@ from sb3_blpo.segments import Segment
 
 class Surrogate(NamedTuple):
     """
-    PPO's clipped surrogate objective and what the correction needs of it.
+    PPO's clipped surrogate objective and what the two gradients need of it.
 
-    :param objective: (1/N) sum_t min(rho_t A_t, clip(rho_t) A_t), A normalised where wanted, differentiable ()
-    :param ratio: rho_t, differentiable (N,)
+    :param objective: (1/N) sum_t min(rho_t A_t, clip(rho_t) A_t), A normalised where wanted ()
+    :param ratio: rho_t (N,)
+    :param advantages: A_t, normalised where wanted (N,)
     :param active: Whether the unclipped branch is active: m_t (N,)
     :param weights: Derivative of the objective by the advantage, w_t, before normalisation (N,)
     :param scale: What the advantage was multiplied by to normalise it ()
@@ -33,6 +35,7 @@ class Surrogate(NamedTuple):
 
     objective: th.Tensor
     ratio: th.Tensor
+    advantages: th.Tensor
     active: th.Tensor
     weights: th.Tensor
     scale: th.Tensor
@@ -42,22 +45,22 @@ def clipped_surrogate(
     log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, clip_range: float, normalize_advantage: bool
 ) -> Surrogate:
     """
-    :param log_prob: log pi(a_t|s_t), differentiable (N,)
+    :param log_prob: log pi(a_t|s_t) (N,)
     :param old_log_prob: The same under the rollout's policy (N,)
     :param advantages: A_t under the current critic (N,)
     :param clip_range: PPO's clipping parameter
     :param normalize_advantage: Whether to shift and scale the advantages to mean 0 and standard deviation 1
     :return: The surrogate
     """
-    scale = th.ones_like(advantages[0])
+    scale = advantages.new_ones(())
     if normalize_advantage and len(advantages) > 1:
         scale = 1 / (advantages.std() + 1e-8)
         advantages = (advantages - advantages.mean()) * scale
     ratio = th.exp(log_prob - old_log_prob)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     active = ratio * advantages <= clipped * advantages
-    chosen = th.where(active, ratio, clipped)
-    return Surrogate((chosen * advantages).mean(), ratio, active, chosen.detach() / len(advantages), scale)
+    weights = th.where(active, ratio, clipped) / len(advantages)
+    return Surrogate(weights @ advantages, ratio, advantages, active, weights, scale)
 
 
 class Response(NamedTuple):
@@ -66,7 +69,7 @@ class Response(NamedTuple):
 
     :param u: Change of V(s_t) along v = (H + alpha I)^-1 grad_omega J (N,)
     :param ok: Whether the solve succeeded ()
-    :param residual: Its residual, relative to the right side ()
+    :param residual: Its residual, relative to the right side, if asked for; else NaN ()
     """
 
     u: th.Tensor
@@ -81,6 +84,7 @@ def best_response(
     solver: Solver,
     damping: float,
     curvature: str,
+    with_residual: bool = True,
 ) -> Response:
     """
     Solve (H + alpha I) v = g for the follower.
@@ -91,6 +95,7 @@ def best_response(
     :param solver: The solver
     :param damping: alpha in units of the trace of the Gauss-Newton matrix, positive
     :param curvature: "gauss_newton" or "hessian"
+    :param with_residual: Whether to compute the residual, which takes further products with the Jacobian
     :return: What the solution does to the values
     """
     n_steps = len(residuals)
@@ -98,57 +103,54 @@ def best_response(
     system: Curvature
     if curvature == "hessian":
         system = Hessian(jacobian, coefficients, residuals)
-    elif isinstance(solver, Exact) or (jacobian.cheap_gram and len(coefficients) <= MAX_GRAM_ROWS):
-        system = GramGaussNewton(jacobian, coefficients, n_steps)
+    elif isinstance(solver, Exact) or not solver.needs_gram or (jacobian.cheap_gram and len(coefficients) <= MAX_GRAM_ROWS):
+        system = GramGaussNewton(jacobian, coefficients, n_steps, whole=solver.needs_gram)
     else:
         system = GaussNewton(jacobian, coefficients, n_steps)
     solution = solver.solve(system, alpha)
-    return Response(system.to_values(solution.x), solution.ok, relative_residual(system, alpha, solution.x))
+    u = system.to_values(solution.x) if solution.values is None else solution.values
+    residual = relative_residual(system, alpha, solution.x) if with_residual else u.new_full((), th.nan)
+    return Response(u, solution.ok, residual)
 
 
 class Correction(NamedTuple):
     """
     The correction after the cap, and how it compares with the direct gradient before it.
 
-    :param gradients: One tensor for each of the actor's parameters, zero where the correction was skipped
+    :param gradient: Zero where the correction was skipped (n_actor_params,)
     :param ratio: Norm relative to that of the direct gradient, before the cap ()
     :param cosine: Cosine of the angle to the direct gradient ()
     :param capped: Whether the cap made it smaller ()
     :param skipped: Whether it was dropped because the solve failed or overflowed ()
     """
 
-    gradients: Sequence[th.Tensor]
+    gradient: th.Tensor
     ratio: th.Tensor
     cosine: th.Tensor
     capped: th.Tensor
     skipped: th.Tensor
 
 
-def _norm(gradients: Sequence[th.Tensor]) -> th.Tensor:
-    return th.nn.utils.get_total_norm(gradients)
-
-
 def capped_correction(
-    direct: Sequence[th.Tensor], correction: Sequence[th.Tensor], ok: th.Tensor, max_correction_ratio: float | None
+    direct: th.Tensor, correction: th.Tensor, ok: th.Tensor, max_correction_ratio: float | None
 ) -> Correction:
     """
-    :param direct: The direct gradient
-    :param correction: -(mixed second derivative of L) v, uncapped
+    :param direct: The direct gradient (n_actor_params,)
+    :param correction: -(mixed second derivative of L) v, uncapped (n_actor_params,)
     :param ok: Whether the solve behind it succeeded ()
     :param max_correction_ratio: Largest norm relative to the direct gradient's; ``None``: no cap
     :return: The correction to add to the direct gradient
     """
-    direct_norm, norm = _norm(direct), _norm(correction)
+    direct_norm, norm = th.linalg.vector_norm(direct), th.linalg.vector_norm(correction)
     ok = ok & norm.isfinite()
     scale = th.ones_like(norm)
     if max_correction_ratio is not None:
         scale = th.where(norm > 0, max_correction_ratio * direct_norm / norm, scale).clamp(max=1)
-    inner = th.stack([(a * b).sum() for a, b in zip(direct, correction, strict=True)]).sum()
     tiny = th.finfo(norm.dtype).tiny  # No correction at all (gae_lambda=1) has the ratio and the cosine 0
     return Correction(
-        [th.where(ok, scale * part, 0) for part in correction],
+        th.where(ok, scale * correction, 0),
         norm / direct_norm.clamp_min(tiny),
-        inner / (direct_norm * norm).clamp_min(tiny),
+        direct @ correction / (direct_norm * norm).clamp_min(tiny),
         scale < 1,
         ~ok,
     )
@@ -158,18 +160,18 @@ class Hypergradient(NamedTuple):
     """
     Gradient of the leader's objective with the follower at its best response, and diagnostics.
 
-    :param gradients: To be followed upwards, one tensor for each of the actor's parameters
+    :param gradient: To be followed upwards (n_actor_params,)
     :param stats: Scalars for the log, by name
     """
 
-    gradients: Sequence[th.Tensor]
+    gradient: th.Tensor
     stats: dict[str, th.Tensor]
 
 
 def hypergradient(
-    actor_parameters: Sequence[th.Tensor],
     log_prob: th.Tensor,
     entropy: th.Tensor | None,
+    policy_gradient: Callable[[th.Tensor, th.Tensor | None], th.Tensor],
     segment: Segment,
     values: th.Tensor,
     jacobian: Jacobian | None,
@@ -181,13 +183,15 @@ def hypergradient(
     damping: float,
     curvature: str,
     max_correction_ratio: float | None,
+    with_residual: bool = True,
 ) -> Hypergradient:
     """
     Steps 2 to 5 of Algorithm 1 for one minibatch, after the critic's nested updates.
 
-    :param actor_parameters: theta
-    :param log_prob: log pi(a_t|s_t), differentiable by theta (N,)
-    :param entropy: Entropy of pi(.|s_t), differentiable (N,); ``None`` where it has no closed form: -log pi(a_t|s_t) then
+    :param log_prob: log pi(a_t|s_t) (N,)
+    :param entropy: Entropy of pi(.|s_t) (N,); ``None`` where it has no closed form: -log pi(a_t|s_t) then
+    :param policy_gradient: Maps weights w (N,) and, where not ``None``, h (N,) to sum_t w_t grad log pi(a_t|s_t) + h_t grad
+        entropy_t (n_actor_params,)
     :param segment: The minibatch
     :param values: Of the segment's observations under the current critic
     :param jacobian: Of these values; ``None`` without a solver
@@ -199,42 +203,35 @@ def hypergradient(
     :param damping: As in :func:`best_response`
     :param curvature: As in :func:`best_response`
     :param max_correction_ratio: As in :func:`capped_correction`
+    :param with_residual: As in :func:`best_response`
     :return: The gradient and its diagnostics
     """
     n = segment.n_transitions
-    residuals = values[:n] - segment.returns
-    # Step 2: advantages under the new critic
-    advantages = segment.advantages(values)
-    # Step 3: direct gradient
-    surrogate = clipped_surrogate(log_prob, segment.old_log_prob, advantages, clip_range, normalize_advantage)
-    mean_entropy = (-log_prob if entropy is None else entropy).mean()
-    objective = surrogate.objective + ent_coef * mean_entropy
-    gradients = th.autograd.grad(objective, actor_parameters, retain_graph=solver is not None)
     with th.no_grad():
-        log_ratio = log_prob - segment.old_log_prob
-        stats = {
-            "policy_gradient_loss": -surrogate.objective.detach(),
-            "entropy_loss": -mean_entropy.detach(),
-            "loss": -objective.detach(),
-            "approx_kl": ((surrogate.ratio - 1) - log_ratio).mean(),
-            "clip_fraction": ((surrogate.ratio - 1).abs() > clip_range).float().mean(),
-            "critic_loss_after": residuals.square().mean(),
-        }
-    if solver is None:
-        return Hypergradient(gradients, stats)
-    assert jacobian is not None
-    # Step 4: how the critic's best response would move each value
-    coefficients = segment.return_gradient(surrogate.weights)
-    response = best_response(jacobian, coefficients, residuals, solver, damping, curvature)
-    # Step 5: the correction is a policy gradient with reweighted advantages
-    e = segment.trace(response.u)
-    weights = (2 / n) * e * surrogate.active * advantages * surrogate.scale
-    correction = capped_correction(
-        gradients,
-        th.autograd.grad((weights * surrogate.ratio).sum(), actor_parameters),
-        response.ok,
-        max_correction_ratio,
-    )
+        residuals = values[:n] - segment.returns
+        # Step 2: advantages under the new critic
+        advantages = segment.advantages(values)
+        # Step 3: direct gradient
+        surrogate = clipped_surrogate(log_prob, segment.old_log_prob, advantages, clip_range, normalize_advantage)
+        by_log_prob, by_entropy = surrogate.active * surrogate.weights * surrogate.advantages, None
+        if entropy is None:
+            by_log_prob = by_log_prob - ent_coef / n
+        elif ent_coef:
+            by_entropy = th.full_like(entropy, ent_coef / n)
+        direct = policy_gradient(by_log_prob, by_entropy)
+        mean_entropy = (-log_prob if entropy is None else entropy).mean()
+        stats = _policy_stats(surrogate, log_prob - segment.old_log_prob, mean_entropy, ent_coef, clip_range)
+        stats["critic_loss_after"] = residuals.square().mean()
+        if solver is None:
+            return Hypergradient(direct, stats)
+        assert jacobian is not None
+        # Step 4: how the critic's best response would move each value
+        coefficients = segment.return_gradient(surrogate.weights)
+        response = best_response(jacobian, coefficients, residuals, solver, damping, curvature, with_residual)
+        # Step 5: the correction is a policy gradient with reweighted advantages
+        e = segment.trace(response.u)
+        weights = 2 * e * surrogate.active * surrogate.weights * advantages * surrogate.scale
+        correction = capped_correction(direct, policy_gradient(weights, None), response.ok, max_correction_ratio)
     stats |= {
         "correction_ratio": correction.ratio,
         "correction_cosine": correction.cosine,
@@ -242,4 +239,18 @@ def hypergradient(
         "correction_skipped": correction.skipped,
         "ihvp_residual": response.residual,
     }
-    return Hypergradient([a + b for a, b in zip(gradients, correction.gradients, strict=True)], stats)
+    return Hypergradient(direct + correction.gradient, stats)
+
+
+def _policy_stats(
+    surrogate: Surrogate, log_ratio: th.Tensor, mean_entropy: th.Tensor, ent_coef: float, clip_range: float
+) -> dict[str, th.Tensor]:
+    """What SB3's PPO logs of a minibatch."""
+    change = surrogate.ratio - 1
+    return {
+        "policy_gradient_loss": -surrogate.objective,
+        "entropy_loss": -mean_entropy,
+        "loss": -surrogate.objective - ent_coef * mean_entropy,
+        "approx_kl": (change - log_ratio).mean(),
+        "clip_fraction": (change.abs() > clip_range).float().mean(),
+    }

@@ -1,10 +1,12 @@
 """
 Products with the critic's Jacobian J, whose row j is the gradient of the value V(s_j) by the critic's parameters.
 
-:class:`LayerJacobian` serves critics made of Linear and Conv2d layers and elementwise activations, and never forms J;
-:class:`FunctionalJacobian` serves every other critic through torch.func.
+:class:`ChainJacobian` serves critics that are Linear layers and elementwise activations one after another,
+:class:`LayerJacobian` whatever else is made of these and Conv2d layers: neither forms J. :class:`FunctionalJacobian` serves
+every other critic through torch.func.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +15,8 @@ import torch as th
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+
+from sb3_blpo.chain import Chain
 
 
 class Jacobian(ABC):
@@ -54,9 +58,10 @@ class Jacobian(ABC):
         """
 
     @abstractmethod
-    def gram(self) -> th.Tensor:
+    def gram(self, rows: th.Tensor | None = None) -> th.Tensor:
         """
-        :return: J J^T (n_rows, n_rows)
+        :param rows: Indices of k rows of J (k,); ``None``: all of them
+        :return: Their columns of the Gram matrix J J^T (n_rows, k)
         """
 
     @abstractmethod
@@ -100,9 +105,10 @@ class LayerRows(ABC):
         """
 
     @abstractmethod
-    def gram(self) -> th.Tensor:
+    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
         """
-        :return: The layer's part of J J^T (n_rows, n_rows)
+        :param rows: k rows of J
+        :return: The layer's part of their columns of J J^T (n_rows, k)
         """
 
     @abstractmethod
@@ -130,11 +136,15 @@ class LinearRows(LayerRows):
         self.h = h
         self.signal = signal
         self.has_bias = layer.bias is not None
+        #: Squared: a bias sees the constant input 1
+        self.bias_input = h.new_tensor(float(self.has_bias))
         self.n_weights = layer.weight.numel()
 
     def _in_groups(self, product: Callable[[th.Tensor], th.Tensor], vectors: th.Tensor) -> th.Tensor:
         """Multiply as many of the k vectors at a time as keep the intermediate result (n_rows, n_in, k) small."""
         group = max(1, self.chunk_elements // self.h.numel())
+        if vectors.shape[1] <= group:
+            return product(vectors)
         return th.cat([product(part) for part in vectors.split(group, dim=1)], dim=1)
 
     def J_v(self, v: th.Tensor) -> th.Tensor:
@@ -143,8 +153,11 @@ class LinearRows(LayerRows):
     def _J_v(self, v: th.Tensor) -> th.Tensor:
         n_rows, n_in = self.h.shape
         n_out, k = self.signal.shape[1], v.shape[1]
-        change = (self.signal @ v[: self.n_weights].reshape(n_out, n_in * k)).view(n_rows, n_in, k)
-        product = (self.h[:, None] @ change)[:, 0]
+        change = self.signal @ v[: self.n_weights].reshape(n_out, n_in * k)
+        if k == 1:  # without a batched product
+            product = th.linalg.vecdot(self.h, change)[:, None]
+        else:
+            product = (self.h[:, None] @ change.view(n_rows, n_in, k))[:, 0]
         return product + self.signal @ v[self.n_weights :] if self.has_bias else product
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
@@ -166,13 +179,12 @@ class LinearRows(LayerRows):
         in_index = th.where(is_weight, index % n_in, n_in)
         return self.signal[:, out_index] * inputs[:, in_index]
 
-    def gram(self) -> th.Tensor:
-        inner = self.h @ self.h.T
-        return self.signal @ self.signal.T * (inner + 1 if self.has_bias else inner)
+    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+        return th.addmm(self.bias_input, self.h, self.h[rows].T).mul_(self.signal @ self.signal[rows].T)
 
     def squared_norm(self, n: int) -> th.Tensor:
-        h_squared = self.h[:n].square().sum(dim=1)
-        return (self.signal[:n].square().sum(dim=1) * (h_squared + 1 if self.has_bias else h_squared)).sum()
+        h_squared = th.linalg.vecdot(self.h[:n], self.h[:n]) + self.bias_input
+        return h_squared @ th.linalg.vecdot(self.signal[:n], self.signal[:n])
 
 
 class ConvRows(LayerRows):
@@ -208,8 +220,8 @@ class ConvRows(LayerRows):
     def columns(self, index: th.Tensor) -> th.Tensor:
         return self.rows[:, index]
 
-    def gram(self) -> th.Tensor:
-        return self.rows @ self.rows.T
+    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+        return self.rows @ self.rows[rows].T
 
     def squared_norm(self, n: int) -> th.Tensor:
         return self.rows[:n].square().sum()
@@ -234,36 +246,47 @@ class LayerJacobian(Jacobian):
         if layers is None:
             layers = [module for module in critic.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         self.layers = layers
+        self.sizes = [layer.weight.numel() + (0 if layer.bias is None else len(layer.bias)) for layer in layers]
+        super().__init__(self._forward(), sum(self.sizes))
+
+    def _forward(self) -> th.Tensor:
+        """Return the values, and keep each layer's inputs and outputs."""
         seen: dict[nn.Module, tuple[th.Tensor, th.Tensor]] = {}
 
         def keep(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
             seen[layer] = inputs[0].detach(), output
 
-        hooks = [layer.register_forward_hook(keep) for layer in layers]
+        hooks = [layer.register_forward_hook(keep) for layer in self.layers]
         try:
             with th.enable_grad():
-                values = critic(observations).flatten()
+                values = self.critic(self.observations).flatten()
         finally:
             for hook in hooks:
                 hook.remove()
+        self._inputs = [seen[layer][0] for layer in self.layers]
+        self._outputs = [seen[layer][1] for layer in self.layers]
+        self._total = values.sum()
+        return values.detach()
+
+    def _signals(self) -> Sequence[th.Tensor]:
+        """Return the derivatives of the values by each layer's outputs."""
         # A value depends on its own row alone: the gradient of their sum has each row's own in its place
-        signals = th.autograd.grad(values.sum(), [seen[layer][1] for layer in layers])
-        self.parts: list[LayerRows] = [
-            (
-                ConvRows(layer, seen[layer][0], signal)
-                if isinstance(layer, nn.Conv2d)
-                else LinearRows(layer, seen[layer][0], signal)
-            )
-            for layer, signal in zip(layers, signals, strict=True)
+        return th.autograd.grad(self._total, self._outputs)
+
+    @functools.cached_property
+    def parts(self) -> list[LayerRows]:
+        """Each layer's part of J."""
+        return [
+            ConvRows(layer, h, signal) if isinstance(layer, nn.Conv2d) else LinearRows(layer, h, signal)
+            for layer, h, signal in zip(self.layers, self._inputs, self._signals(), strict=True)
         ]
-        self.sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-        super().__init__(values.detach(), sum(self.sizes))
 
     def J_v(self, v: th.Tensor) -> th.Tensor:
         if v.ndim == 1:
             return self.J_v(v[:, None])[:, 0]
-        products = [part.J_v(v_part) for part, v_part in zip(self.parts, v.split(self.sizes), strict=True)]
-        return th.stack(products).sum(dim=0)
+        return functools.reduce(
+            th.Tensor.add_, [part.J_v(v_part) for part, v_part in zip(self.parts, v.split(self.sizes), strict=True)]
+        )
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
         if w.ndim == 1:
@@ -279,16 +302,36 @@ class LayerJacobian(Jacobian):
             start += size
         return columns
 
-    def gram(self) -> th.Tensor:
-        return th.stack([part.gram() for part in self.parts]).sum(dim=0)
+    def gram(self, rows: th.Tensor | None = None) -> th.Tensor:
+        return functools.reduce(th.Tensor.add_, [part.gram(slice(None) if rows is None else rows) for part in self.parts])
 
     def squared_norm(self, n: int) -> th.Tensor:
-        return th.stack([part.squared_norm(n) for part in self.parts]).sum()
+        return functools.reduce(th.Tensor.add_, [part.squared_norm(n) for part in self.parts])
 
     def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
         own = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         parameters = {name: p.detach() for name, p in self.critic.named_parameters() if id(p) in own}
         return _hessian_v(lambda p: functional_call(self.critic, p, (self.observations,)).flatten(), parameters, w, v)
+
+
+class ChainJacobian(LayerJacobian):
+    """
+    The same for Linear layers and elementwise activations one after another, without automatic differentiation.
+
+    :param chain: The layers and activations, with one output
+    :param inputs: What goes into the first of them (n_rows, n_in)
+    """
+
+    def __init__(self, chain: Chain, inputs: th.Tensor) -> None:
+        self.tape = chain.tape(inputs)
+        super().__init__(chain, inputs, chain.layers)
+
+    def _forward(self) -> th.Tensor:
+        self._inputs = self.tape.inputs
+        return self.tape.outputs[:, 0]
+
+    def _signals(self) -> Sequence[th.Tensor]:
+        return self.tape.signals(th.ones_like(self.tape.outputs))
 
 
 class FunctionalJacobian(Jacobian):
@@ -328,9 +371,12 @@ class FunctionalJacobian(Jacobian):
         unit = self.values.new_zeros(self.n_params)
         return th.stack([self.J_v(unit.index_fill(0, i, 1.0)) for i in index], dim=1)
 
-    def gram(self) -> th.Tensor:
-        rows = self.Jt_w(th.eye(len(self.values), dtype=self.values.dtype, device=self.values.device))
-        return rows.T @ rows
+    def gram(self, rows: th.Tensor | None = None) -> th.Tensor:
+        identity = th.eye(len(self.values), dtype=self.values.dtype, device=self.values.device)
+        if rows is not None:
+            return th.stack([self.J_v(self.Jt_w(row)) for row in identity[rows]], dim=1)
+        J_transposed = self.Jt_w(identity)
+        return J_transposed.T @ J_transposed
 
     def squared_norm(self, n: int) -> th.Tensor:
         signs = th.randint(2, (self.n_probes, n), generator=self.generator).to(self.values) * 2 - 1

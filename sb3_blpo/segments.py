@@ -31,8 +31,14 @@ class Truncation(NamedTuple):
     observation: PyTorchObs
 
 
-def _each(function: Callable[..., th.Tensor], *observations: Any) -> PyTorchObs:
-    """Apply a function to observations, or to each part of them if they are dictionaries."""
+def each(function: Callable[..., th.Tensor], *observations: Any) -> PyTorchObs:
+    """
+    Apply a function to observations, or to each part of them if they are dictionaries.
+
+    :param function: Takes as many arrays or tensors as there are observations
+    :param observations: One or more
+    :return: What it returns, in a dictionary if they are dictionaries
+    """
     if isinstance(observations[0], dict):
         return {key: function(*(obs[key] for obs in observations)) for key in observations[0]}
     return function(*observations)
@@ -82,7 +88,7 @@ class Segment(NamedTuple):
     @property
     def states(self) -> PyTorchObs:
         """The observations s_t (N, ...)."""
-        return _each(lambda obs: obs[: self.n_transitions], self.observations)
+        return each(lambda obs: obs[: self.n_transitions], self.observations)
 
     def advantages(self, values: th.Tensor) -> th.Tensor:
         """
@@ -153,7 +159,7 @@ class Rollout:
         self.n_steps, self.n_envs = buffer.rewards.shape
         self.last_observation = last_observation
         self.truncations = truncations
-        self.observations = _each(lambda obs: th.as_tensor(obs, device=device), buffer.observations)
+        self.observations = each(lambda obs: th.as_tensor(obs, device=device), buffer.observations)
         # As SB3's buffer hands them out: float32, int64 for discrete actions
         actions = th.as_tensor(buffer.actions.astype(np.float32), device=device)
         self.actions = actions.long().squeeze(2) if isinstance(buffer.action_space, spaces.Discrete) else actions
@@ -185,15 +191,15 @@ class Rollout:
 
     def _segment(self, steps: slice, envs: slice) -> Segment:
         inside_rollout = steps.stop < self.n_steps
-        states = _each(lambda obs: obs[steps, envs].flatten(0, 1), self.observations)
+        states = each(lambda obs: obs[steps, envs].flatten(0, 1), self.observations)
         if inside_rollout:
-            following = _each(lambda obs: obs[steps.stop, envs], self.observations)
+            following = each(lambda obs: obs[steps.stop, envs], self.observations)
         else:
-            following = _each(lambda obs: obs[envs], self.last_observation)
+            following = each(lambda obs: obs[envs], self.last_observation)
         truncations = [t for t in self.truncations if steps.start <= t.step < steps.stop and envs.start <= t.env < envs.stop]
         width = envs.stop - envs.start
         return Segment(
-            _each(_join, states, following, *(t.observation for t in truncations)),
+            each(_join, states, following, *(t.observation for t in truncations)),
             self.actions[steps, envs].flatten(0, 1),
             self.old_log_prob[steps, envs].flatten(),
             self.returns[steps, envs].flatten(),

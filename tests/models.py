@@ -99,14 +99,14 @@ class Seen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.segments: list[Segment] = []
         self.values: list[th.Tensor] = []
-        self.gradients: list[list[th.Tensor]] = []
+        self.gradients: list[th.Tensor] = []
         original = sb3_blpo.blpo.hypergradient
 
         def spy(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             self.segments.append(args[3])
             self.values.append(args[4])
-            self.gradients.append(list(result.gradients))
+            self.gradients.append(result.gradient)
             return result
 
         monkeypatch.setattr(sb3_blpo.blpo, "hypergradient", spy)

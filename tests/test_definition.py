@@ -3,6 +3,7 @@ One actor step of the whole package on real environments, float32, against dense
 """
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch as th
@@ -87,8 +88,26 @@ def test_one_actor_step(env_id, solver, ihvp_kwargs, curvature):
     assert (step - gradient).norm() <= 1e-4 * gradient.norm(), float((step - gradient).norm() / gradient.norm())
 
 
-def nested_actor_critic(model: BLPO) -> None:
-    """The nested actor-critic written down plainly: what ``train()`` without a solver must be, bit for bit."""
+def by_autograd(model, log_prob, entropy, old_log_prob, advantages) -> list[th.Tensor]:
+    """The direct gradient as PPO has it: of the clipped surrogate."""
+    ratio = th.exp(log_prob - old_log_prob)
+    clipped = ratio.clamp(0.8, 1.2)
+    surrogate = (th.where(ratio * advantages <= clipped * advantages, ratio, clipped) * advantages).mean()
+    loss = surrogate + model.ent_coef * entropy.mean()
+    return list(th.autograd.grad(loss, model.policy.optimizer.param_groups[0]["params"]))
+
+
+def by_weights(model, log_prob, entropy, old_log_prob, advantages) -> list[th.Tensor]:
+    """The same as a weighted sum of grad log pi and the entropies' gradients."""
+    n = len(log_prob)
+    ratio = th.exp(log_prob - old_log_prob).detach()
+    active = ratio * advantages <= ratio.clamp(0.8, 1.2) * advantages
+    weights = [active * (ratio / n) * advantages, th.full_like(ratio, model.ent_coef / n)]
+    return list(th.autograd.grad([log_prob, entropy], model.policy.optimizer.param_groups[0]["params"], weights))
+
+
+def nested_actor_critic(model: BLPO, direct_gradient: Callable[..., list[th.Tensor]]) -> None:
+    """The nested actor-critic written down plainly: what ``train()`` without a solver must be."""
     policy, buffer = model.policy, model.rollout_buffer
     actor_optimizer, critic_optimizer = policy.optimizer, model.critic_optimizer
     n_steps, n_envs = buffer.rewards.shape
@@ -111,24 +130,22 @@ def nested_actor_critic(model: BLPO) -> None:
                 values = policy.predict_values(segment.observations).flatten()
             advantages = segment.advantages(values)
             distribution = policy.get_distribution(observations)
-            ratio = th.exp(distribution.log_prob(segment.actions) - segment.old_log_prob)
-            clipped = ratio.clamp(0.8, 1.2)
-            surrogate = (th.where(ratio * advantages <= clipped * advantages, ratio, clipped) * advantages).mean()
-            entropy = distribution.entropy()
-            assert entropy is not None
-            loss = -(surrogate + model.ent_coef * entropy.mean())
-            actor_optimizer.zero_grad()
-            loss.backward(inputs=actor_optimizer.param_groups[0]["params"])
-            nn.utils.clip_grad_norm_(actor_optimizer.param_groups[0]["params"], model.max_grad_norm)
+            log_prob, entropy = distribution.log_prob(segment.actions), distribution.entropy()
+            gradients = direct_gradient(model, log_prob, entropy, segment.old_log_prob, advantages)
+            norm = th.cat([gradient.flatten() for gradient in gradients]).norm()
+            clip = (model.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+            for parameter, gradient in zip(actor_optimizer.param_groups[0]["params"], gradients, strict=True):
+                parameter.grad = -clip * gradient
             actor_optimizer.step()
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_none_is_the_nested_actor_critic_bit_for_bit(env_id):
+def trained_both_ways(
+    env_id: str, direct_gradient: Callable[..., list[th.Tensor]], critic_learning_rate: float = 1e-3, **policy_kwargs
+) -> tuple[BLPO, BLPO]:
     def collected() -> BLPO:
         model = BLPO(
             "MlpPolicy", make_vec_env(env_id, 2, seed=0), seed=0, n_steps=40, batch_size=16, n_epochs=3, ent_coef=0.01,
-            ihvp_solver="none",
+            ihvp_solver="none", critic_learning_rate=critic_learning_rate, policy_kwargs=policy_kwargs,
         )  # fmt: skip
         return collect_rollout(model)
 
@@ -138,7 +155,25 @@ def test_none_is_the_nested_actor_critic_bit_for_bit(env_id):
     th.manual_seed(1)
     blpo.train()
     th.manual_seed(1)
-    nested_actor_critic(plain)
+    nested_actor_critic(plain, direct_gradient)
+    assert all(not th.equal(value, start[name]) for name, value in blpo.policy.state_dict().items())
+    return blpo, plain
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_none_is_the_nested_actor_critic_bit_for_bit(env_id):
+    # An activation with parameters is not differentiated by hand
+    blpo, plain = trained_both_ways(env_id, by_weights, activation_fn=nn.PReLU)
+    assert blpo.actor.chain is None and blpo.critic.chain is None
     for (name, a), b in zip(blpo.policy.state_dict().items(), plain.policy.state_dict().values(), strict=True):
         assert th.equal(a, b), name
-        assert not th.equal(a, start[name]), name
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.PReLU])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_none_is_the_nested_actor_critic(env_id, activation):
+    # SGD, for Adam makes steps of full size from differences by rounding
+    blpo, plain = trained_both_ways(env_id, by_autograd, 1e-6, activation_fn=activation, optimizer_class=th.optim.SGD)
+    assert (blpo.actor.chain is None) == (blpo.critic.chain is None) == (activation is nn.PReLU)
+    for (name, a), b in zip(blpo.policy.state_dict().items(), plain.policy.state_dict().values(), strict=True):
+        th.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)

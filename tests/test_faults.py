@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_blpo import BLPO
-from sb3_blpo.actor_critic import parameters_of
+from sb3_blpo.actor_critic import ActionLikelihood
 from sb3_blpo.ihvp import Solution
 from sb3_blpo.jacobian import LayerJacobian
 
@@ -175,16 +174,34 @@ def test_overflow_in_the_actors_gradient() -> None:
     assert not differences(before, state_of(model))
 
 
-def spoil_gradient(parameter: th.Tensor, value: float, call: int) -> Callable[[], None]:
-    """Make the gradient of a parameter not finite when it is computed for the `call`-th time; returns the undoing."""
+def spoil_gradient(
+    monkeypatch: pytest.MonkeyPatch, model: BLPO, network: str, values: dict[int, float], entry: int = -1
+) -> None:
+    """Make an entry of a network's gradient another value when it is computed for the `call`-th time, call by call."""
     calls = 0
 
-    def hook(gradient: th.Tensor) -> th.Tensor:
+    def spoiled(gradient: th.Tensor) -> th.Tensor:
         nonlocal calls
         calls += 1
-        return th.full_like(gradient, value) if calls == call else gradient
+        gradient[entry] = values.get(calls, gradient[entry])
+        return gradient
 
-    return parameter.register_hook(hook).remove
+    if network == "critic":
+        follower = model.critic.loss_and_gradient
+
+        def loss_and_gradient(*args: Any) -> tuple[th.Tensor, th.Tensor]:
+            loss, gradient = follower(*args)
+            return loss, spoiled(gradient)
+
+        monkeypatch.setattr(model.critic, "loss_and_gradient", loss_and_gradient)
+    else:
+        leader = model.actor.likelihood
+
+        def likelihood(*args: Any) -> ActionLikelihood:
+            result = leader(*args)
+            return result._replace(gradient=lambda *by: spoiled(result.gradient(*by)))
+
+        monkeypatch.setattr(model.actor, "likelihood", likelihood)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -209,12 +226,17 @@ def spoil_gradient(parameter: th.Tensor, value: float, call: int) -> Callable[[]
     ids=["Adam", "BatchNorm", "SGD"],
 )
 def test_fault_in_a_gradient(
-    policy_kwargs: dict[str, Any], network: str, call: int, minibatch: int, name: str, value: float
+    policy_kwargs: dict[str, Any],
+    network: str,
+    call: int,
+    minibatch: int,
+    name: str,
+    value: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both networks, their buffers and both optimizers are as they were at the start of the minibatch."""
     model = small(policy_kwargs={"net_arch": [8], **policy_kwargs}, n_epochs=2)
-    optimizer = model.policy.optimizer if network == "actor" else model.critic_optimizer
-    heal = spoil_gradient(parameters_of(optimizer)[-1], value, call)
+    spoil_gradient(monkeypatch, model, network, {call: value})
     starts = [state_of(model)]
     model.policy.optimizer.register_step_post_hook(lambda *_: starts.append(state_of(model)))
     with pytest.raises(ValueError, match=f"The {name} is .* in update {1 + minibatch // 3}, after 16 timesteps") as error:
@@ -222,7 +244,7 @@ def test_fault_in_a_gradient(
     assert "put back to the start of that minibatch" in str(error.value) and "\n" not in str(error.value)
     assert len(starts) == minibatch
     assert not differences(starts[-1], state_of(model))
-    heal()
+    monkeypatch.undo()
     check_recovery(model)
 
 
@@ -272,11 +294,10 @@ def test_only_failures_are_skipped_and_counted(monkeypatch: pytest.MonkeyPatch) 
     assert differences(state_of(small(ihvp_solver="none", n_epochs=2).learn(16)), state_of(model))
 
 
-def test_overflow_in_the_correction_alone() -> None:
+def test_overflow_in_the_correction_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     # The second gradient of each minibatch is the correction's
-    spoil_gradient(parameters_of(model.policy.optimizer)[0], INF, 2)
-    spoil_gradient(parameters_of(model.policy.optimizer)[0], NAN, 4)
+    spoil_gradient(monkeypatch, model, "actor", {2: INF, 4: NAN}, entry=0)
     model.learn(16)
     assert logged(model)["correction_skipped"] == 2
     assert not differences(state_of(small(ihvp_solver="none").learn(16)), state_of(model))
@@ -286,19 +307,23 @@ def test_overflow_in_the_correction_alone() -> None:
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_curvature_that_is_not_finite(solver: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever linear algebra makes of it, no error escapes."""
-    monkeypatch.setattr(LayerJacobian, "gram", lambda self: self.values.new_full((len(self.values),) * 2, value))
+
+    def gram(self: LayerJacobian, rows: th.Tensor | None = None) -> th.Tensor:
+        return self.values.new_full((len(self.values), len(self.values if rows is None else rows)), value)
+
+    monkeypatch.setattr(LayerJacobian, "gram", gram)
     model = small(ihvp_solver=solver).learn(32)
     assert logged(model)["correction_skipped"] == 2
     assert not differences(without_correction(), state_of(model))
 
 
-@pytest.mark.parametrize("solver", ["nystrom", "nystrom_cg"])
-def test_eigenvalues_that_do_not_converge(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("solver", "sketch"), [("nystrom", "columns"), ("nystrom", "gaussian"), ("nystrom_cg", "values")])
+def test_eigenvalues_that_do_not_converge(solver: str, sketch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def eigh(*args: Any, **kwargs: Any) -> None:
         raise th.linalg.LinAlgError("the algorithm failed to converge")
 
     monkeypatch.setattr(th.linalg, "eigh", eigh)
-    model = small(ihvp_solver=solver).learn(32)
+    model = small(ihvp_solver=solver, ihvp_kwargs={"rank": 6, "sketch": sketch}, curvature="hessian").learn(32)
     assert logged(model)["correction_skipped"] == 2
     assert not differences(without_correction(), state_of(model))
 
@@ -354,16 +379,16 @@ def test_failures_are_recorded_for_other_critics_too(monkeypatch: pytest.MonkeyP
 def test_any_other_error_in_the_middle_of_a_minibatch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever goes wrong after the critic's nested updates, the distribution's own refusal for instance, they are undone."""
     model = small(n_epochs=2)
-    original, calls = model.policy.get_distribution, 0
+    original, calls = model.actor.likelihood, 0
 
-    def get_distribution(observations: Any) -> Any:
+    def likelihood(*args: Any) -> ActionLikelihood:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise ValueError("Expected parameter loc")
-        return original(observations)
+        return original(*args)
 
-    monkeypatch.setattr(model.policy, "get_distribution", get_distribution)
+    monkeypatch.setattr(model.actor, "likelihood", likelihood)
     starts = [state_of(model)]
     model.policy.optimizer.register_step_post_hook(lambda *_: starts.append(state_of(model)))
     with pytest.raises(ValueError, match="Expected parameter"):

@@ -7,6 +7,7 @@ import torch as th
 from brute_force import Truth, as_flat_function, lambda_returns, truth
 from problems import Problem, problem
 
+from sb3_blpo.actor_critic import likelihood
 from sb3_blpo.curvature import GramGaussNewton, Hessian
 from sb3_blpo.hypergradient import Hypergradient, best_response, capped_correction, clipped_surrogate, hypergradient
 from sb3_blpo.ihvp import make_solver
@@ -36,10 +37,8 @@ def run(p: Problem, solver: str = "exact", layers: bool = True, **changes) -> Hy
     arguments: dict[str, Any] = dict(
         clip_range=CLIP_RANGE, normalize_advantage=False, ent_coef=0.0, damping=DAMPING, curvature="gauss_newton"
     ) | {"max_correction_ratio": None}
-    log_prob = p.actor(p.actor_input)
-    return hypergradient(
-        list(p.actor.parameters()), log_prob, None, p.segment, jacobian.values, jacobian, ihvp, **(arguments | changes)
-    )
+    action_likelihood = likelihood(list(p.actor.parameters()), p.actor(p.actor_input), None)
+    return hypergradient(*action_likelihood, p.segment, jacobian.values, jacobian, ihvp, **(arguments | changes))
 
 
 def flat(gradients) -> th.Tensor:
@@ -130,12 +129,12 @@ def test_every_quantity_equals_brute_force(name, solver, curvature, layers, seed
 def test_gradients_equal_brute_force(name, seed, normalize_advantage):
     p = problem(seed, **PROBLEMS[name])
     expected = dense_truth(p, normalize_advantage=normalize_advantage)
-    direct = flat(run(p, "none", normalize_advantage=normalize_advantage).gradients)
+    direct = run(p, "none", normalize_advantage=normalize_advantage).gradient
     th.testing.assert_close(direct, expected.direct, rtol=1e-9, atol=1e-9 * expected.direct.abs().max().item())
     for solver in ("exact", "cg", "nystrom", "nystrom_cg"):
         total = run(p, solver, normalize_advantage=normalize_advantage)
         wanted = expected.direct + expected.correction
-        th.testing.assert_close(flat(total.gradients), wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+        th.testing.assert_close(total.gradient, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
         norms = expected.correction.norm() / expected.direct.norm()
         th.testing.assert_close(total.stats["correction_ratio"], norms, rtol=1e-8, atol=0)
         cosine = th.cosine_similarity(expected.correction, expected.direct, dim=0)
@@ -148,7 +147,7 @@ def test_exact_hessian_gradient_equals_brute_force():
         p = problem(seed)
         expected = dense_truth(p, "hessian")
         wanted = expected.direct + expected.correction
-        actual = flat(run(p, curvature="hessian").gradients)
+        actual = run(p, curvature="hessian").gradient
         th.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
 
 
@@ -156,7 +155,7 @@ def test_the_correction_is_there_and_has_its_sign():
     """A correction replaced by nothing, or with its sign flipped, is far from the truth on these problems."""
     p = problem(0)
     expected = dense_truth(p)
-    correction = flat(run(p).gradients) - flat(run(p, "none").gradients)
+    correction = run(p).gradient - run(p, "none").gradient
     assert expected.correction.norm() > 0.01 * expected.direct.norm()
     assert th.cosine_similarity(correction, expected.correction, dim=0) > 0.999999
 
@@ -211,48 +210,48 @@ def test_total_derivative_with_a_linear_critic(seed, inside_rollout):
         total = J(plus, best(plus)) - J(minus, best(minus))
         partial = J(plus, omega) - J(minus, omega)
         differences.append((total - partial) / (2 * step))
-    correction = flat(run(p).gradients) - flat(run(p, "none").gradients)
+    correction = run(p).gradient - run(p, "none").gradient
     th.testing.assert_close(correction, th.stack(differences), rtol=1e-6, atol=1e-6 * correction.abs().max().item())
 
 
 def test_entropy_is_part_of_the_direct_gradient():
     p = problem(0)
-    gradient = flat(run(p, "none", ent_coef=0.7).gradients) - flat(run(p, "none").gradients)
+    gradient = run(p, "none", ent_coef=0.7).gradient - run(p, "none").gradient
     # Without a closed form the entropy is -log pi
     expected = flat(th.autograd.grad(-0.7 * p.actor(p.actor_input).mean(), list(p.actor.parameters())))
     th.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
     # The correction's ratio compares with the direct gradient that has the entropy in it
     ratio = run(p, "exact", ent_coef=0.7).stats["correction_ratio"]
     correction = dense_truth(p).correction
-    th.testing.assert_close(ratio, correction.norm() / flat(run(p, "none", ent_coef=0.7).gradients).norm())
+    th.testing.assert_close(ratio, correction.norm() / run(p, "none", ent_coef=0.7).gradient.norm())
 
 
 @pytest.mark.parametrize("cap", [0.0, 0.3, 1.0, 1e9])
 def test_cap(cap):
-    direct = [th.tensor([3.0, 0.0]), th.tensor([[4.0]])]  # norm 5
-    correction = [th.tensor([0.0, 6.0]), th.tensor([[8.0]])]  # norm 10
+    direct = th.tensor([3.0, 0.0, 4.0])  # norm 5
+    correction = th.tensor([0.0, 6.0, 8.0])  # norm 10
     capped = capped_correction(direct, correction, th.tensor(True), cap)
-    norm = flat(capped.gradients).norm()
+    norm = capped.gradient.norm()
     th.testing.assert_close(norm, th.tensor(min(10.0, cap * 5.0)))
     th.testing.assert_close(capped.ratio, th.tensor(2.0))
     th.testing.assert_close(capped.cosine, th.tensor(32 / 50))
     assert bool(capped.capped) == (cap < 2)
     uncapped = capped_correction(direct, correction, th.tensor(True), None)
-    assert th.equal(flat(uncapped.gradients), flat(correction)) and not uncapped.capped
+    assert th.equal(uncapped.gradient, correction) and not uncapped.capped
 
 
 def test_cap_of_nothing():
-    direct, nothing = [th.tensor([3.0])], [th.tensor([0.0])]
+    direct, nothing = th.tensor([3.0]), th.tensor([0.0])
     capped = capped_correction(direct, nothing, th.tensor(True), 1.0)
-    assert th.equal(flat(capped.gradients), th.zeros(1)) and not capped.capped and not capped.skipped
+    assert th.equal(capped.gradient, th.zeros(1)) and not capped.capped and not capped.skipped
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_correction_that_is_not_finite_is_skipped(bad):
-    capped = capped_correction([th.tensor([3.0])], [th.tensor([bad])], th.tensor(True), 1.0)
-    assert capped.skipped and th.equal(flat(capped.gradients), th.zeros(1))
-    failed = capped_correction([th.tensor([3.0])], [th.tensor([1.0])], th.tensor(False), 1.0)
-    assert failed.skipped and th.equal(flat(failed.gradients), th.zeros(1))
+    capped = capped_correction(th.tensor([3.0]), th.tensor([bad]), th.tensor(True), 1.0)
+    assert capped.skipped and th.equal(capped.gradient, th.zeros(1))
+    failed = capped_correction(th.tensor([3.0]), th.tensor([1.0]), th.tensor(False), 1.0)
+    assert failed.skipped and th.equal(failed.gradient, th.zeros(1))
 
 
 def test_normalization_leaves_a_single_transition_alone():

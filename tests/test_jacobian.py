@@ -1,4 +1,4 @@
-"""Products with the critic's Jacobian against the dense Jacobian, on both paths."""
+"""Products with the critic's Jacobian, and chains differentiated by hand, against automatic differentiation."""
 
 import gymnasium as gym
 import numpy as np
@@ -11,8 +11,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
-from sb3_blpo.actor_critic import Critic, split_parameters, unshare_features_extractor
-from sb3_blpo.jacobian import ConvRows, FunctionalJacobian, Jacobian, LayerJacobian, LinearRows
+from sb3_blpo.actor_critic import ELEMENTWISE, Critic, split_parameters, unshare_features_extractor
+from sb3_blpo.chain import Chain
+from sb3_blpo.jacobian import ChainJacobian, ConvRows, FunctionalJacobian, Jacobian, LayerJacobian, LinearRows
 
 BODIES = {
     "linear": lambda: nn.Sequential(nn.Linear(3, 1)),
@@ -41,11 +42,17 @@ def body(request):
     return BODIES[request.param]().double()
 
 
-@pytest.fixture(params=["layers", "functional"])
+def is_chain(body: nn.Sequential) -> bool:
+    return not any(isinstance(module, nn.Conv2d) for module in body)
+
+
+@pytest.fixture(params=["layers", "chain", "functional"])
 def jacobian_and_dense(request, body):
     observations = th.randn(11, 3, dtype=th.float64)
-    if request.param == "layers":
+    if request.param == "layers" or (request.param == "chain" and not is_chain(body)):
         jacobian: Jacobian = LayerJacobian(body, observations)
+    elif request.param == "chain":
+        jacobian = ChainJacobian(Chain(list(body)), observations)
     else:
         jacobian = functional(body, observations)
     function, flat = as_flat_function(body, observations)
@@ -64,6 +71,8 @@ def test_products_equal_the_dense_jacobian(jacobian_and_dense):
     th.testing.assert_close(jacobian.Jt_w(w), J.T @ w, **close)
     th.testing.assert_close(jacobian.Jt_w(W), J.T @ W, **close)
     th.testing.assert_close(jacobian.gram(), J @ J.T, **close)
+    rows = th.tensor([3, 0, 10])
+    th.testing.assert_close(jacobian.gram(rows), J @ J[rows].T, **close)
     index = th.randperm(J.shape[1])[:5]
     th.testing.assert_close(jacobian.columns(index), J[:, index], **close)
 
@@ -73,6 +82,20 @@ def test_layers_give_the_exact_squared_norm(body):
     function, flat = as_flat_function(body, observations)
     J = th.autograd.functional.jacobian(lambda p: function(p).flatten(), flat)
     th.testing.assert_close(LayerJacobian(body, observations).squared_norm(7), J[:7].square().sum(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, *ELEMENTWISE], ids=lambda activation: activation.__name__)
+def test_chains_are_differentiated_as_by_autograd(activation):
+    th.manual_seed(0)
+    body = nn.Sequential(activation(), nn.Linear(3, 5), activation(), activation(), nn.Linear(5, 4), activation(),
+                         nn.Linear(4, 2, bias=False), activation()).double()  # fmt: skip
+    inputs, by_outputs = 3 * th.randn(7, 3, dtype=th.float64), th.randn(7, 2, dtype=th.float64)
+    tape = Chain(list(body)).tape(inputs)
+    outputs = body(inputs)
+    th.testing.assert_close(tape.outputs, outputs.detach(), rtol=1e-12, atol=1e-12)
+    expected = th.autograd.grad(outputs, list(body.parameters()), by_outputs)
+    for actual, wanted in zip(tape.gradient(by_outputs), expected, strict=True):
+        th.testing.assert_close(actual, wanted.flatten(), rtol=1e-10, atol=1e-12)
 
 
 def test_hutchinson_is_unbiased():
@@ -109,7 +132,8 @@ def test_hessian_product():
     function, flat = as_flat_function(body, observations)
     w, v = th.randn(6, dtype=th.float64), th.randn(len(flat), dtype=th.float64)
     H = th.autograd.functional.hessian(lambda p: (w * function(p).flatten()).sum(), flat)
-    for jacobian in (functional(body, observations), LayerJacobian(body, observations)):
+    chain = ChainJacobian(Chain(list(body)), observations)
+    for jacobian in (functional(body, observations), LayerJacobian(body, observations), chain):
         th.testing.assert_close(jacobian.hessian_v(w, v), H @ v, rtol=1e-10, atol=1e-10)
 
 
@@ -194,7 +218,8 @@ def test_the_path_is_chosen_by_the_critic_and_both_agree(policy_class, observati
     observations = gym.vector.utils.batch_space(observation_space, 6).sample()
     obs_tensor = critic.policy.obs_to_tensor(observations)[0]
     jacobian = critic.jacobian(obs_tensor, th.Generator())
-    assert type(jacobian) is (LayerJacobian if layers else FunctionalJacobian)
+    chain = layers and policy_class is ActorCriticPolicy and "features_extractor_class" not in policy_kwargs
+    assert type(jacobian) is (ChainJacobian if chain else LayerJacobian if layers else FunctionalJacobian)
     # Against plain autograd, row by row
     values = critic(obs_tensor)
     parameters = list(critic.trainable.values())

@@ -248,7 +248,7 @@ def test_arguments_may_be_changed_on_loading(tmp_path: Path) -> None:
     assert logged(loaded)["learning_rate"] == loaded.policy.optimizer.param_groups[0]["lr"] == 0.01
     assert "correction_ratio" not in logged(loaded)
     twin = BLPO.load(tmp_path / "model", env=SpaceEnv(), device="cpu", ihvp_kwargs={"rank": 2}).learn(16)
-    assert twin.solver is not None and len(twin.solver.omega[0]) == 2  # type: ignore[attr-defined]
+    assert twin.solver is not None and len(twin.solver.omega) == 2  # type: ignore[attr-defined]
 
 
 def test_file_objects() -> None:

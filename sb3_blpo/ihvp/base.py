@@ -15,15 +15,20 @@ class Solution(NamedTuple):
     :param x: Approximate solution of (H + alpha I) x = g in the curvature's representation (n,)
     :param ok: Whether the solve succeeded; where not, x means nothing ()
     :param iterations: Number of iterations, 0 for direct solvers
+    :param values: What x does to the values of the loss's states, where the solver knows it anyway (n_steps,)
     """
 
     x: th.Tensor
     ok: th.Tensor
     iterations: int = 0
+    values: th.Tensor | None = None
 
 
 class Solver(ABC):
     """A way to solve (H + alpha I) x = g."""
+
+    #: Whether the Gauss-Newton system is solved with the whole Gram matrix, where that is no larger than parameter vectors
+    needs_gram = True
 
     @abstractmethod
     def draw(self, like: th.Tensor, generator: th.Generator) -> None:
@@ -41,14 +46,6 @@ class Solver(ABC):
         :param alpha: Damping, positive ()
         :return: The solution, with a failure as a value: no exception leaves a solver
         """
-
-
-def failure(curvature: Curvature) -> Solution:
-    """
-    :param curvature: H and g
-    :return: What a solver gives where it could not even begin
-    """
-    return Solution(th.zeros_like(curvature.g), th.zeros((), dtype=th.bool, device=curvature.g.device))
 
 
 def relative_residual(curvature: Curvature, alpha: th.Tensor, x: th.Tensor) -> th.Tensor:

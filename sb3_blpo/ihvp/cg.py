@@ -3,7 +3,7 @@
 import torch as th
 
 from sb3_blpo.curvature import Curvature
-from sb3_blpo.ihvp.base import Solution, Solver, failure
+from sb3_blpo.ihvp.base import Solution, Solver
 from sb3_blpo.ihvp.nystrom import Nystrom
 
 
@@ -32,9 +32,9 @@ class ConjugateGradient(Solver):
         x = th.zeros_like(curvature.g)
         precondition = None
         if self.preconditioner is not None:
-            precondition = self.preconditioner.inverse(curvature, alpha)
-            if precondition is None:
-                return failure(curvature)
+            precondition, ok = self.preconditioner.inverse(curvature, alpha)
+            if not ok:
+                return Solution(x, ok)
         r = curvature.g
         g_norm = curvature.dot(r, r).clamp_min(0).sqrt()
         stop = self.tol * g_norm

@@ -1,0 +1,114 @@
+"""
+Linear layers and elementwise activations one after another, differentiated by hand.
+
+What a small network costs is less its arithmetic than everything around it: written out, a pass forward and back takes half
+the time of automatic differentiation, and leaves behind the layers' inputs and signals, of which the Jacobian is made.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+
+class Tape(NamedTuple):
+    """
+    A forward pass.
+
+    :param layers: The chain's layers
+    :param outputs: Of the last module (n_rows, n_out)
+    :param inputs: Of each layer (n_rows, n_in)
+    :param pullbacks: For each layer, of the activations that follow it, the first one first: from derivatives by the
+        activation's outputs to those by its inputs
+    """
+
+    layers: list[nn.Linear]
+    outputs: th.Tensor
+    inputs: list[th.Tensor]
+    pullbacks: list[list[Callable[[th.Tensor], th.Tensor]]]
+
+    @th.no_grad()
+    def signals(self, by_outputs: th.Tensor) -> list[th.Tensor]:
+        """
+        :param by_outputs: Derivatives of a sum over the rows, by the outputs (n_rows, n_out)
+        :return: Its derivatives by the outputs of each layer before the activation (n_rows, n_out)
+        """
+        signals: list[th.Tensor] = []
+        signal = by_outputs
+        for i in reversed(range(len(self.layers))):
+            for pullback in reversed(self.pullbacks[i]):
+                signal = pullback(signal)
+            signals.append(signal)
+            if i > 0:
+                signal = signal @ self.layers[i].weight
+        return signals[::-1]
+
+    @th.no_grad()
+    def gradient(self, by_outputs: th.Tensor) -> list[th.Tensor]:
+        """
+        :param by_outputs: Derivatives of a sum over the rows, by the outputs (n_rows, n_out)
+        :return: Its gradients by the chain's parameters, flattened
+        """
+        gradients = []
+        for layer, h, signal in zip(self.layers, self.inputs, self.signals(by_outputs), strict=True):
+            gradients.append((signal.T @ h).flatten())
+            if layer.bias is not None:
+                gradients.append(signal.sum(dim=0))
+        return gradients
+
+
+class Chain(nn.Module):
+    """
+    :param modules: Linear layers and elementwise activations without parameters
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(*modules)
+        self.modules_in_order = modules
+        self.layers = [module for module in modules if isinstance(module, nn.Linear)]
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        """
+        :param inputs: (n_rows, n_in)
+        :return: Outputs of the last module, by automatic differentiation (n_rows, n_out)
+        """
+        return self.chain(inputs)
+
+    @th.no_grad()
+    def tape(self, inputs: th.Tensor) -> Tape:
+        """
+        :param inputs: (n_rows, n_in)
+        :return: The forward pass, without a graph
+        """
+        x = inputs
+        layer_inputs: list[th.Tensor] = []
+        pullbacks: list[list[Callable[[th.Tensor], th.Tensor]]] = []
+        for module in self.modules_in_order:
+            if isinstance(module, nn.Linear):
+                layer_inputs.append(x)
+                pullbacks.append([])
+                x = F.linear(x, module.weight, module.bias)
+            else:
+                x, pullback = _activate(module, x)
+                if pullbacks:  # before the first layer there is nothing to differentiate by
+                    pullbacks[-1].append(pullback)
+        return Tape(self.layers, x, layer_inputs, pullbacks)
+
+
+def _activate(activation: nn.Module, z: th.Tensor) -> tuple[th.Tensor, Callable[[th.Tensor], th.Tensor]]:
+    """Return an elementwise activation's outputs, and the map from derivatives by them to derivatives by its inputs."""
+    if type(activation) is nn.Tanh:
+        # tanh z = 2 sigmoid(2 z) - 1, the same to rounding: on the CPU several times faster than torch's tanh
+        h = (z + z).sigmoid_().mul_(2).sub_(1)
+        return h, lambda by_h: th.ops.aten.tanh_backward(by_h, h)
+    if type(activation) is nn.ReLU:
+        h = z.relu()
+        return h, lambda by_h: th.ops.aten.threshold_backward(by_h, h, 0)
+    with th.enable_grad():
+        z = z.detach().requires_grad_()
+        h = activation(z)
+        derivative = th.autograd.grad(h.sum(), z)[0]
+    return h.detach(), lambda by_h: by_h * derivative
