@@ -308,9 +308,9 @@ class BLPO(OnPolicyAlgorithm):
         if dones is None:
             return
         # Called by SB3 between the environment's step and the buffer's: the condition is that of SB3's own bootstrap
-        for env, (done, info) in enumerate(zip(dones, infos, strict=True)):
-            terminal = info.get("terminal_observation")
-            if done and terminal is not None and info.get("TimeLimit.truncated", False):
+        for env in np.flatnonzero(dones).tolist():
+            terminal = infos[env].get("terminal_observation")
+            if terminal is not None and infos[env].get("TimeLimit.truncated", False):
                 check_finite("terminal observations", terminal)
                 observation = self.policy.obs_to_tensor(copy.deepcopy(terminal))[0]
                 self._truncations.append(Truncation(self.rollout_buffer.pos, env, observation))
