@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Small networks: more threads would only wait for each other
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test slow lint
+.PHONY: train test slow conformance lint
 
 train: $(INSTALLED)
 	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
@@ -21,6 +21,10 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+# SB3's own tests, of the installed version
+conformance: $(INSTALLED)
+	$(BIN)/python tests/conformance/sb3_tests.py -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
