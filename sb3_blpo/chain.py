@@ -102,7 +102,7 @@ def _activate(activation: nn.Module, z: th.Tensor) -> tuple[th.Tensor, Callable[
     """Return an elementwise activation's outputs, and the map from derivatives by them to derivatives by its inputs."""
     if type(activation) is nn.Tanh:
         # tanh z = 2 sigmoid(2 z) - 1, the same to rounding: on the CPU several times faster than torch's tanh
-        h = (z + z).sigmoid_().mul_(2).sub_(1)
+        h = th.add(z.new_tensor(-1), (z + z).sigmoid_(), alpha=2)
         return h, lambda by_h: th.ops.aten.tanh_backward(by_h, h)
     if type(activation) is nn.ReLU:
         h = z.relu()

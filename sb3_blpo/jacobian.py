@@ -136,8 +136,8 @@ class LinearRows(LayerRows):
         self.h = h
         self.signal = signal
         self.has_bias = layer.bias is not None
-        #: Squared: a bias sees the constant input 1
-        self.bias_input = h.new_tensor(float(self.has_bias))
+        #: A bias sees the constant input 1
+        self.bias_input = h.new_full((), self.has_bias)
         self.n_weights = layer.weight.numel()
 
     def _in_groups(self, product: Callable[[th.Tensor], th.Tensor], vectors: th.Tensor) -> th.Tensor:

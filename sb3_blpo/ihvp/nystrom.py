@@ -102,12 +102,11 @@ class Nystrom(Solver):
 
 def _regular(M: th.Tensor, rounding: float) -> th.Tensor:
     """
-    Shift a positive semi-definite matrix by its rounding errors: it is singular where a sampled parameter has no gradient
-    (dead ReLU) or two sampled states are the same.
+    Shift a positive semi-definite matrix, in place, by its rounding errors: it is singular where a sampled parameter has no
+    gradient (dead ReLU) or two sampled states are the same.
     """
-    M = M.clone()
     diagonal = M.diagonal()
-    diagonal += len(M) * rounding * diagonal.max() + th.finfo(M.dtype).tiny
+    diagonal += diagonal.max() * (len(M) * rounding) + th.finfo(M.dtype).tiny
     return M
 
 
