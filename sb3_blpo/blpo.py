@@ -89,8 +89,8 @@ class BLPO(OnPolicyAlgorithm):
     :param ihvp_solver: How the critic's linear system is solved: "nystrom" (low-rank approximation), "cg" (conjugate
         gradients), "nystrom_cg" (preconditioned by Nyström), "exact" (dense) or "none" (no correction: nested actor-critic)
     :param ihvp_kwargs: Settings of the solver: ``damping`` (> 0, in units of the trace of the Gauss-Newton matrix, 0.01),
-        ``rank`` (>= 1, 20) and ``sketch`` ("gaussian" or, as in the paper, "columns") of Nyström, ``max_iter`` (>= 1, 50) and
-        ``tol`` (>= 0, relative, 1e-5) of CG. A solver ignores those that do not concern it
+        ``rank`` (>= 1, 20) and ``sketch`` ("values", "gaussian" or, as in the paper, "columns") of Nyström, ``max_iter``
+        (>= 1, 50) and ``tol`` (>= 0, relative, 1e-5) of CG. A solver ignores those that do not concern it
     :param curvature: "gauss_newton" (positive semi-definite, the default) or "hessian" (exact, in general indefinite)
     :param max_correction_ratio: Largest norm of the correction relative to that of the direct gradient (entropy included),
         >= 0; ``None``: no cap
