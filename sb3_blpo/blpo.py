@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import io
 import math
+import pathlib
 import warnings
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch as th
@@ -30,6 +32,7 @@ from sb3_blpo.actor_critic import (
     unshare_features_extractor,
     without_validation,
 )
+from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import Solver, make_solver
@@ -495,28 +498,79 @@ class BLPO(OnPolicyAlgorithm):
             progress_bar=progress_bar,
         )
 
+    @classmethod
+    def load(
+        cls: type[SelfBLPO],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfBLPO:
+        """
+        Load the model from a zip-file, as SB3 does; see :func:`sb3_blpo.resume.resume` for exact continuation.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on (can be None if you only need prediction from a trained
+            model) has priority over any saved environment
+        :param device: Device on which the code should run.
+        :param custom_objects: Dictionary of objects to replace upon loading: what it names is not unpickled
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
+        :param kwargs: extra arguments to change the model when loading
+        :return: new model instance with loaded parameters
+        :raises ValueError: If the file is no zip, damaged, or not from BLPO
+        """
+        check_saved_by_blpo(path)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file. A file that is there already is replaced
+        when the new one is complete, so that a crash leaves the one or the other.
+
+        :param path: path to the file (or a file-like) where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        if not isinstance(path, str | pathlib.Path):
+            super().save(path, exclude, include)
+            return
+        with atomic_file(path) as file:
+            super().save(file, exclude, include)
+
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """
         Load parameters from a given zip-file or a nested dictionary containing parameters for different modules
-        (see ``get_parameters``).
+        (see ``get_parameters``). Where that fails, the model is as it was before.
 
         :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
         :param exact_match: If True, the given parameters should include parameters for each module and each of their
             parameters, otherwise raises an Exception. If set to False, this can be used to update only specific parameters.
         :param device: Device on which the code should run.
-        :raises ValueError: If they were saved by another algorithm
+        :raises ValueError: If the file is no zip, damaged, or not from BLPO, or if the parameters are not
         """
         params: Any = load_path_or_dict
         if not isinstance(params, dict):
+            check_saved_by_blpo(params)
             params = load_from_zip_file(params, device=device, load_data=False)[1]
         if exact_match and "policy" in params and "critic_optimizer" not in params:
-            raise ValueError(
-                "These parameters were not saved by BLPO, for they hold no `critic_optimizer`: load a PPO or A2C model with "
-                "its own class, or start BLPO from its policy with `set_parameters({'policy': ...}, exact_match=False)`."
-            )
-        super().set_parameters(params, exact_match, device)
+            raise foreign("These parameters were")
+        before = copy.deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(params, exact_match, device)
+        except Exception:
+            super().set_parameters(cast(TensorDict, before))
+            raise
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()

@@ -263,12 +263,20 @@ def test_file_objects() -> None:
 def test_zip_of_ppo(actions: str, tmp_path: Path) -> None:
     env = SpaceEnv(action_space=ACTION_SPACES[actions])
     PPO("MlpPolicy", env, **SMALL).learn(16).save(tmp_path / "ppo")
-    with pytest.raises(ValueError, match="These parameters were not saved by BLPO") as error:
-        BLPO.load(tmp_path / "ppo", device="cpu")
-    message = str(error.value)
-    assert "PPO" in message and "`critic_optimizer`" in message and "\n" not in message and message.endswith(".")
+    model = small(env=env).learn(16)
+    before = state_of(model)
     with pytest.raises(ValueError, match="These parameters were not saved by BLPO"):
-        small(env=env).set_parameters(str(tmp_path / "ppo.zip"))
+        model.set_parameters(PPO.load(tmp_path / "ppo", device="cpu").get_parameters())  # type: ignore[arg-type]
+    for load in (
+        lambda: BLPO.load(tmp_path / "ppo", device="cpu"),
+        lambda: model.set_parameters(str(tmp_path / "ppo.zip")),
+        lambda: model.set_parameters(str(tmp_path / "ppo"), exact_match=False),
+    ):
+        with pytest.raises(ValueError, match=f"`{tmp_path / 'ppo'}.* was not saved by BLPO") as error:
+            load()
+        message = str(error.value)
+        assert "PPO" in message and "`critic_optimizer`" in message and "\n" not in message and message.endswith(".")
+    assert not differences(before, state_of(model))
 
 
 @pytest.mark.parametrize("actions", ["Discrete", "Box"])

@@ -1,0 +1,89 @@
+"""The zip that a model is saved in: there as a whole or not at all, and recognised before anything in it is unpickled."""
+
+import contextlib
+import io
+import os
+import secrets
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.save_util import open_path
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[io.BufferedIOBase]:
+    """
+    Write a file beside its final place and move it there when it is complete, so that whoever looks, after a crash too, finds
+    either the old file or the new one. Suffix, missing folders and folders in the way are treated as SB3 does.
+
+    :param path: Where to write; ".zip" is appended if it has no suffix
+    :return: A context manager that gives the open file
+    """
+    path = Path(path)
+    if path.suffix == "":
+        path = Path(f"{path}.zip")
+    while path.is_dir():
+        warnings.warn(f"Path '{path}' is a folder. Will save instead to {path}_2", stacklevel=3)
+        path = Path(f"{path}_2")
+    if not path.parent.exists():
+        warnings.warn(f"Path '{path.parent}' does not exist. Will create it.", stacklevel=3)
+        path.parent.mkdir(exist_ok=True, parents=True)
+    path = path.resolve()  # A link stays a link
+    if path.exists() and not path.is_file():  # A device or a pipe
+        with open(path, "wb") as file:
+            yield file
+        return
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def foreign(name: str) -> ValueError:
+    """
+    :param name: What was not saved by BLPO, and the verb
+    :return: The error that says so
+    """
+    return ValueError(
+        f"{name} not saved by BLPO, for `critic_optimizer` is not there: load a PPO or A2C model with its own class, or start "
+        "BLPO from its policy with `set_parameters({'policy': ...}, exact_match=False)`."
+    )
+
+
+def check_saved_by_blpo(path: str | Path | io.BufferedIOBase) -> None:
+    """
+    Refuse what :meth:`BLPO.save` has not written, or what did not arrive as a whole.
+
+    :param path: The file, as for :meth:`BLPO.load`
+    :raises ValueError: If it is no zip, damaged, or not from BLPO
+    """
+    file: Any = open_path(path, "r", suffix="zip")
+    # The caller goes on to read a file object from where it stands
+    with contextlib.nullcontext(file) if file is path else file:
+        position = file.tell()
+        try:
+            with zipfile.ZipFile(file) as archive:
+                names = archive.namelist()
+                damaged = archive.testzip() if "critic_optimizer.pth" in names else None
+        except Exception as error:  # Damage shows in many ways: BadZipFile, EOFError, NotImplementedError, zlib.error, ...
+            raise ValueError(f"`{path}` is no zip file, or a damaged one: {error}.") from error
+        finally:
+            file.seek(position)
+    if damaged is not None:
+        raise ValueError(f"`{path}` is damaged: `{damaged}` in it is not what was saved.")
+    for name in ("data", "policy.pth", "policy.optimizer.pth"):
+        if name not in names:
+            raise ValueError(f"`{path}` is not a saved model, or only part of one: there is no `{name}` in it.")
+    if "critic_optimizer.pth" not in names:
+        raise foreign(f"`{path}` was")

@@ -1,0 +1,166 @@
+"""
+Exact continuation of an interrupted training: checkpoints at the end of a rollout's training, where a model, its environment
+and the states of the random generators are all there is.
+"""
+
+import inspect
+import io
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import torch as th
+from gymnasium.utils import EzPickle
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnvWrapper
+
+from sb3_blpo.archive import atomic_file
+from sb3_blpo.blpo import BLPO
+
+#: What a checkpoint has more than a saved model
+ENTRY = "resume.pkl"
+
+
+class ResumableCheckpoint(BaseCallback):
+    """
+    Save the model, its environment and all generators between two rollouts, in one zip for :func:`resume` (and for
+    ``BLPO.load``), replaced as a whole each time; also when ``learn`` ends.
+
+    Resume with the same callback: what it does is then the same, too.
+
+    :param save_path: The zip
+    :param save_freq: Number of timesteps between checkpoints, at least; they wait for the end of a rollout
+    :param reset_env: For environments that cannot be pickled (``SubprocVecEnv``, Box2D, Atari, a ``Monitor`` with a file):
+        seed and reset them at each checkpoint instead, and keep the statistics of ``VecNormalize``. This cuts their episodes
+        short, and is exact if the seed determines all that they do
+    :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint is saved
+    """
+
+    def __init__(self, save_path: str | Path, save_freq: int = 1, reset_env: bool = False, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.save_path = save_path
+        self.save_freq = save_freq
+        self.reset_env = reset_env
+
+    def _init_callback(self) -> None:
+        self.latest = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.model.num_timesteps - self.latest >= self.save_freq:
+            self._save()
+            if self.model.use_sde:
+                # SB3 drew this rollout's noise before; drawn again it follows from the saved states, as after resuming
+                self.model.policy.reset_noise(self.training_env.num_envs)  # type: ignore[operator]
+
+    def _on_training_end(self) -> None:
+        # A callback that ends the training does so within a rollout
+        if self.model.num_timesteps > self.latest and self.model.rollout_buffer.full:  # type: ignore[attr-defined]
+            self._save()
+
+    def _save(self) -> None:
+        assert isinstance(self.model, BLPO)
+        seed = int(th.randint(2**31, ())) if self.reset_env else None
+        state: dict[str, Any] = {"generators": _generator_states(), "seed": seed}
+        normalize = self.model.get_vec_normalize_env()
+        if seed is None:
+            state["env"] = _pickled(self.training_env)
+        elif normalize is not None:
+            state["statistics"] = pickle.dumps((normalize.obs_rms, normalize.ret_rms))
+        with atomic_file(self.save_path) as file:
+            self.model.save(file)
+            with zipfile.ZipFile(file, "a") as archive:
+                archive.writestr(ENTRY, pickle.dumps(state))
+        self.latest = self.model.num_timesteps
+        if seed is not None:
+            _restart(self.model, seed)
+        if self.verbose >= 2:
+            print(f"Saving resumable checkpoint to {self.save_path}")
+
+
+def resume(path: str | Path, env: GymEnv | None = None, **kwargs: Any) -> BLPO:
+    """
+    Load a checkpoint, its environment and the states of the global generators of Python, NumPy and torch, so that
+    ``learn(total - model.num_timesteps, callback, reset_num_timesteps=False)`` continues as if never interrupted.
+
+    :param path: The zip of :class:`ResumableCheckpoint`. Its content is unpickled: it must be trusted
+    :param env: The environment, made as it was for training, where the checkpoints were made with ``reset_env``; else None
+    :param kwargs: Further arguments of ``BLPO.load``
+    :return: The model
+    :raises ValueError: If the file is not such a checkpoint, or ``env`` is missing or not needed
+    """
+    model = BLPO.load(path, **kwargs)
+    with open_path(path, "r", suffix="zip") as file, zipfile.ZipFile(file) as archive:
+        if ENTRY not in archive.namelist():
+            raise ValueError(f"`{path}` was not saved by `ResumableCheckpoint`; use `BLPO.load`.")
+        state = pickle.loads(archive.read(ENTRY))
+    if (env is None) != (state["seed"] is None):
+        raise ValueError(
+            f"`{path}` was saved with `reset_env`={env is None}, so `env` {'must' if env is None else 'cannot'} be given."
+        )
+    model.set_env(pickle.loads(state["env"]) if env is None else env, force_reset=False)
+    normalize = model.get_vec_normalize_env()
+    if "statistics" in state and normalize is not None:
+        normalize.obs_rms, normalize.ret_rms = pickle.loads(state["statistics"])
+    _set_generator_states(state["generators"])
+    if env is not None:
+        _restart(model, state["seed"])
+    return model
+
+
+def _restart(model: BLPO, seed: int) -> None:
+    """Start new episodes that the seed determines."""
+    assert model.env is not None
+    model.env.seed(seed)
+    model._last_obs = model.env.reset()  # type: ignore[assignment]
+    model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
+
+
+def _generator_states() -> dict[str, Any]:
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": th.get_rng_state()}  # noqa: NPY002
+    return states | ({"cuda": th.cuda.get_rng_state_all()} if th.cuda.is_initialized() else {})
+
+
+def _set_generator_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    th.set_rng_state(states["torch"])
+    if "cuda" in states and th.cuda.is_available():
+        th.cuda.set_rng_state_all(states["cuda"])
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Pickles environments as they are: with the wrapped ones, which VecNormalize leaves out, and what EzPickle makes anew."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        made_anew = isinstance(obj, EzPickle) and type(obj).__getstate__ is EzPickle.__getstate__
+        if made_anew or isinstance(obj, VecEnvWrapper):
+            state = {name: value for name, value in obj.__dict__.items() if name != "class_attributes"}
+            return object.__new__, (type(obj),), state, None, None, _set_attributes
+        return super().reducer_override(obj)
+
+
+def _set_attributes(obj: Any, attributes: dict[str, Any]) -> None:
+    obj.__dict__.update(attributes)
+    if isinstance(obj, VecEnvWrapper):
+        obj.class_attributes = dict(inspect.getmembers(type(obj)))
+
+
+def _pickled(env: Any) -> bytes:
+    file = io.BytesIO()
+    try:
+        _Pickler(file).dump(env)
+    except Exception as error:
+        raise ValueError(
+            f"The environment cannot be pickled ({error}); use `ResumableCheckpoint(..., reset_env=True)`, which seeds and "
+            "resets it at each checkpoint."
+        ) from error
+    return file.getvalue()
