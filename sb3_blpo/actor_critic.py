@@ -131,6 +131,8 @@ class Critic(nn.Module):
         self.chain: Chain | None = None
         if self.layers is not None:
             self.chain = chain_of(policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net)
+        #: Of actor and critic, what normalisation layers keep; a mask of -inf is none of it
+        self.statistics = [x for x in policy.buffers() if x.is_floating_point() and x.isfinite().all()]
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
         """

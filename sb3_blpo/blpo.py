@@ -447,8 +447,11 @@ class BLPO(OnPolicyAlgorithm):
         """
         quantities = {f"critic's gradient in nested update {i + 1}": update.norm for i, update in enumerate(critic_updates)}
         quantities |= {"critic's loss": leader.stats["critic_loss_after"], "actor's gradient": actor_norm}
+        if self.critic.statistics:
+            quantities["sum of the layers' running statistics"] = th.stack([x.sum() for x in self.critic.statistics]).sum()
+        quantities["approximate KL divergence"] = leader.stats["approx_kl"]
         # The only host read of the minibatch
-        *numbers, approx_kl = th.stack([*quantities.values(), leader.stats["approx_kl"]]).tolist()
+        numbers = th.stack(list(quantities.values())).tolist()
         for name, number in zip(quantities, numbers, strict=True):
             if not math.isfinite(number):
                 raise ValueError(
@@ -456,7 +459,7 @@ class BLPO(OnPolicyAlgorithm):
                     "and optimizers were put back to the start of that minibatch. Look at the scale of rewards and "
                     "observations, `learning_rate` and `critic_learning_rate`."
                 )
-        return approx_kl
+        return numbers[-1]
 
     def _log(self, stats: list[dict[str, th.Tensor]], first_of_epoch: int, clip_range: float) -> None:
         """Log SB3's PPO keys and BLPO's own, from one host copy of all minibatches' statistics."""

@@ -42,7 +42,7 @@ class ConjugateGradient(Solver):
         for iteration in range(self.max_iter):
             r_norm = curvature.dot(r, r).clamp_min(0).sqrt()
             if r_norm <= stop:
-                return Solution(x, r_norm.isfinite(), iteration)
+                return Solution(x, (r_norm + stop).isfinite(), iteration)
             z = r if precondition is None else precondition(r)
             r_z = curvature.dot(r, z)
             p = z + r_z / r_z_old * p

@@ -17,4 +17,5 @@ class Exact(Solver):
         A.diagonal().add_(alpha)
         x, info = th.linalg.solve_ex(A, curvature.g.double())
         x = x.to(curvature.g.dtype)
-        return Solution(x, (info == 0) & x.isfinite().all())
+        # An infinite pivot gives a finite x
+        return Solution(x, (info == 0) & A.isfinite().all() & x.isfinite().all())

@@ -81,7 +81,8 @@ class Nystrom(Solver):
         H, inner, g, lift, values = curvature.restrict(self._rows(curvature))
         A = H.double() + alpha * _regular(inner.double(), curvature.rounding)
         y, info = th.linalg.solve_ex(A, g.double())
-        return Solution(lift(y), (info == 0) & y.isfinite().all(), values=values(y))
+        # An infinite pivot gives a finite y
+        return Solution(lift(y), (info == 0) & (A.sum() + y.sum()).isfinite(), values=values(y))
 
     def inverse(self, curvature: Curvature, alpha: th.Tensor) -> Inverse:
         """
@@ -118,9 +119,11 @@ def _semidefinite_inverse(
     T = th.linalg.solve_triangular(L.to(C.dtype), C.T, upper=False).T
     # As well-conditioned as H_Q + alpha I, which M + C^T C/alpha is not
     identity = th.eye(len(M), dtype=M.dtype, device=M.device)
-    L, failed_too = th.linalg.cholesky_ex(curvature.dot(T, T).double() + alpha * identity)
+    W = curvature.dot(T, T).double() + alpha * identity
+    L, failed_too = th.linalg.cholesky_ex(W)
     # cholesky_inverse() would raise where the factorisation failed
-    return T, th.cholesky_solve(identity, L).to(C.dtype), (failed == 0) & (failed_too == 0)
+    ok = (failed == 0) & (failed_too == 0) & (M.sum() + W.sum()).isfinite()
+    return T, th.cholesky_solve(identity, L).to(C.dtype), ok
 
 
 def _indefinite_inverse(
@@ -128,15 +131,16 @@ def _indefinite_inverse(
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """H_Q = T S T^T with S = ±1: return T, (alpha S + T^T T)^-1, a pseudo-inverse, and whether all went well."""
     try:
-        eigenvalues, V = th.linalg.eigh(M)
-        kept = _above_rounding(eigenvalues, C.dtype)
-        T = C @ (V * th.where(kept, eigenvalues.abs().rsqrt(), 0)).to(C.dtype)
-        S = th.where(kept, eigenvalues.sign(), 1)
-        eigenvalues, V = th.linalg.eigh(curvature.dot(T, T).double() + alpha * S.diag())
+        of_M, V = th.linalg.eigh(M)
+        kept = _above_rounding(of_M, C.dtype)
+        T = C @ (V * th.where(kept, of_M.abs().rsqrt(), 0)).to(C.dtype)
+        S = th.where(kept, of_M.sign(), 1)
+        of_W, V = th.linalg.eigh(curvature.dot(T, T).double() + alpha * S.diag())
     except th.linalg.LinAlgError:
         return C, M.to(C.dtype), alpha.new_zeros((), dtype=th.bool)
-    kept = _above_rounding(eigenvalues, th.float64)
-    return T, ((V * th.where(kept, 1 / eigenvalues, 0)) @ V.T).to(C.dtype), alpha.new_ones((), dtype=th.bool)
+    kept = _above_rounding(of_W, th.float64)
+    # NaN and infinity are never above rounding, but no zeros either
+    return T, ((V * th.where(kept, 1 / of_W, 0)) @ V.T).to(C.dtype), (of_M.sum() + of_W.sum()).isfinite()
 
 
 def _above_rounding(eigenvalues: th.Tensor, dtype: th.dtype) -> th.Tensor:
