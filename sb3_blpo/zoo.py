@@ -203,25 +203,30 @@ def _mend_load_from_hub() -> None:
     huggingface_sb3.load_from_hub = load
 
 
-def _mend_benchmark() -> None:
-    # The script runs `python enjoy.py`, which exists in the root folder of the Zoo's repository only
+def _mend_calls() -> None:
+    # benchmark runs `python enjoy.py`, which exists in the root folder of the Zoo's repository only, and record_training
+    # `python -m rl_zoo3.record_video`; both need this Python, and the second one needs BLPO without the hook too
     call = subprocess.call
     if hasattr(call, "__wrapped__"):
         return
 
     @functools.wraps(call)
-    def call_enjoy(command: Any, *args: Any, **kwargs: Any) -> int:
+    def call_zoo(command: Any, *args: Any, **kwargs: Any) -> int:
+        ours = [sys.executable, "-m", "sb3_blpo.zoo"]
         if isinstance(command, list) and command[:2] == ["python", "enjoy.py"] and not os.path.isfile("enjoy.py"):
-            command = [sys.executable, "-m", "sb3_blpo.zoo", "enjoy", *command[2:]]
+            command = [*ours, "enjoy", *command[2:]]
+        elif isinstance(command, list) and command[:3] == ["python", "-m", "rl_zoo3.record_video"]:
+            command = [*ours, "record_video", *command[3:]]
         return call(command, *args, **kwargs)
 
-    subprocess.call = call_enjoy  # type: ignore[assignment]
+    subprocess.call = call_zoo  # type: ignore[assignment]
 
 
 _MENDERS = {
-    "rl_zoo3.benchmark": _mend_benchmark,
+    "rl_zoo3.benchmark": _mend_calls,
     "rl_zoo3.load_from_hub": _mend_load_from_hub,
     "rl_zoo3.push_to_hub": _mend_push_to_hub,
+    "rl_zoo3.record_training": _mend_calls,
 }
 
 

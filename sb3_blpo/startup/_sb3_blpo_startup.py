@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Modules to which sb3_blpo.zoo adds something after they have been executed ...
 REGISTERED = {"rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager"}
 # ... and scripts for which it mends something before: `python -m` executes them without their loader
-MENDED = {"rl_zoo3.benchmark", "rl_zoo3.load_from_hub", "rl_zoo3.push_to_hub"}
+MENDED = {"rl_zoo3.benchmark", "rl_zoo3.load_from_hub", "rl_zoo3.push_to_hub", "rl_zoo3.record_training"}
 
 
 class ZooFinder:
