@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Small networks: more threads would only wait for each other
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test slow conformance lint
+.PHONY: train test slow conformance zoo lint
 
 train: $(INSTALLED)
 	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
@@ -17,7 +17,7 @@ train: $(INSTALLED)
 	@grep -q "^Mean reward" logs/CartPole-v1.txt
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not zoo"
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
@@ -25,6 +25,11 @@ slow: $(INSTALLED)
 # SB3's own tests, of the installed version
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance/sb3_tests.py -n 2
+
+# RL Zoo's commands, all of them, with the packages that only plots and tracking need
+zoo: $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[envs,dev,plots]' wandb
+	$(BIN)/python -m pytest tests/test_zoo.py tests/test_zoo_commands.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
