@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Small networks: more threads would only wait for each other
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test slow conformance zoo lint
+.PHONY: train test slow conformance zoo fuzz soak lint
 
 train: $(INSTALLED)
 	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
@@ -30,6 +30,14 @@ conformance: $(INSTALLED)
 zoo: $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[envs,dev,plots]' wandb
 	$(BIN)/python -m pytest tests/test_zoo.py tests/test_zoo_commands.py
+
+# 1000 random faults, 500 random configurations
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile fuzz tests/test_random_faults.py tests/test_fuzz.py
+
+# Millions of steps: no NaN, memory flat. About an hour; a killed run goes on where it was
+soak: $(INSTALLED)
+	$(BIN)/python benchmarks/soak.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
