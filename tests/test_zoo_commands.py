@@ -9,7 +9,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio_ffmpeg
 import optuna
 import pytest
 import torch as th
@@ -190,7 +189,8 @@ def test_record_video(trained):
 
 @pytest.mark.zoo
 def test_record_training(trained):
-    # ffmpeg is the user's to install; moviepy brings one along under another name
+    import imageio_ffmpeg  # moviepy brings an ffmpeg along under another name; the Zoo wants it on the path
+
     (trained.environment.scripts / "ffmpeg").unlink(missing_ok=True)
     (trained.environment.scripts / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
     trained.succeed("record_training", *BLPO_ON_CARTPOLE, "-n", "50", "-f", "logs", "-o", str(trained.folder / "training"))
