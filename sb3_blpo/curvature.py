@@ -200,13 +200,16 @@ class GaussNewton(Curvature):
         if omega.is_floating_point():
             C = self.H_v(omega)
             return C, omega.T @ C
-        C = self.H_v(th.eye(self.jacobian.n_params, dtype=self.g.dtype, device=self.g.device)[:, omega])
+        C = self.H_v(self._unit_vectors(self.jacobian.n_params, omega))
         return C, C[omega]
 
+    def _unit_vectors(self, n: int, index: th.Tensor) -> th.Tensor:
+        vectors = th.zeros(n, len(index), dtype=self.g.dtype, device=self.g.device)
+        vectors[index, th.arange(len(index), device=self.g.device)] = 1
+        return vectors
+
     def _basis(self, rows: th.Tensor) -> th.Tensor:
-        chosen = th.zeros(len(self.jacobian.values), len(rows), dtype=self.g.dtype, device=self.g.device)
-        chosen[rows, th.arange(len(rows), device=self.g.device)] = 1
-        return th.linalg.qr(self.jacobian.Jt_w(chosen)).Q
+        return th.linalg.qr(self.jacobian.Jt_w(self._unit_vectors(len(self.jacobian.values), rows))).Q
 
     def restrict(self, rows: th.Tensor) -> Restriction:
         omega = self._basis(rows)

@@ -218,6 +218,16 @@ def test_sketches_are_drawn_from_the_generator():
     assert len(first.omega.unique()) == 5
 
 
+@pytest.mark.parametrize("sketch", ["gaussian", "columns", "values"])
+def test_no_matrix_of_all_parameters_squared(sketch):
+    critic = nn.Sequential(nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 1))  # it would take 250 GB
+    jacobian = LayerJacobian(critic, th.randn(4, 500))
+    curvature = GaussNewton(jacobian, th.ones(4), 4)
+    for solver in (Nystrom(2, sketch), ConjugateGradient(2, 1e-5, Nystrom(2, sketch))):
+        solver.draw(th.zeros(jacobian.n_params), th.Generator().manual_seed(0))
+        assert solver.solve(curvature, jacobian.squared_norm(4)).ok
+
+
 def test_preconditioning_saves_iterations():
     curvature, H, _, J = system("ill-conditioned", "gram")
     alpha = 1e-6 * H.trace()
