@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules import activation
 
 from sb3_blpo.chain import Chain
+from sb3_blpo.checks import not_finite
 from sb3_blpo.jacobian import ChainJacobian, FunctionalJacobian, Jacobian, LayerJacobian
 
 #: Activations that act on every element by itself and have no parameters
@@ -331,9 +332,9 @@ class Actor:
             actions = distribution.get_actions(deterministic=deterministic)
             log_prob = distribution.log_prob(actions)
         except RuntimeError as error:  # of multinomial()
-            raise ValueError("The policy's probabilities hold NaN.") from error
+            raise not_finite("probabilities of actions") from error
         if not log_prob.isfinite().all():
-            raise ValueError("The policy's log-probabilities hold NaN or infinity.")
+            raise not_finite("log_probs")
         actions = actions.reshape((-1, *self.policy.action_space.shape))  # type: ignore[misc]
         return actions, log_prob.new_full((len(log_prob), 1), th.nan), log_prob
 

@@ -36,8 +36,15 @@ def check_finite(name: str, array: Any) -> None:
     arrays = array if isinstance(array, dict) else {"": array}
     for key, values in arrays.items():
         if not np.isfinite(values).all():
-            where = f"`{name}[{key!r}]`" if key else f"`{name}`"
-            raise ValueError(f"The rollout's {where} hold NaN or infinity, so BLPO stopped before any weight was changed.")
+            raise not_finite(f"{name}[{key!r}]" if key else name)
+
+
+def not_finite(name: str) -> ValueError:
+    """
+    :param name: What of the rollout is not finite
+    :return: The error that says so
+    """
+    return ValueError(f"The rollout's `{name}` hold NaN or infinity, so BLPO stopped before any weight was changed.")
 
 
 def _is_real(value: Any) -> bool:

@@ -50,7 +50,8 @@ class ConjugateGradient(Solver):
             p_A_p = curvature.dot(p, A_p)
             if not (p_A_p > 0 and r_z > 0):  # NaN fails as well
                 # Where only rounding is left of the residual, the signs mean nothing and x is as good as it gets
-                return Solution(x, r_norm <= th.finfo(x.dtype).eps ** 0.5 * g_norm, iteration)
+                good = r_norm <= th.finfo(x.dtype).eps ** 0.5 * g_norm
+                return Solution(x, good & (p_A_p + r_z).isfinite(), iteration)
             step = r_z / p_A_p
             x = x + step * p
             r = r - step * A_p
