@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from test_faults import NormedExtractor
 
 from sb3_blpo import BLPO
-from sb3_blpo.actor_critic import parameters_of
+from sb3_blpo.actor_critic import ActionLikelihood
 from sb3_blpo.checks import CURVATURES, IHVP_SOLVERS, SKETCHES
 from sb3_blpo.curvature import Curvature
 from sb3_blpo.ihvp import Solver
@@ -108,8 +108,22 @@ def environment(output: str) -> Injection:
 
 def gradient(network: str) -> Injection:
     def inject(model: BLPO, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
-        parameters = parameters_of(model.policy.optimizer if network == "actor" else model.critic_optimizer)
-        parameters[(fault.position or 0) % len(parameters)].register_hook(fault)
+        if network == "critic":
+            follower = model.critic.loss_and_gradient
+
+            def loss_and_gradient(*args: Any) -> tuple[th.Tensor, th.Tensor]:
+                loss, vector = follower(*args)
+                return loss, fault(vector)
+
+            monkeypatch.setattr(model.critic, "loss_and_gradient", loss_and_gradient)
+        else:
+            leader = model.actor.likelihood
+
+            def likelihood(*args: Any) -> ActionLikelihood:
+                found = leader(*args)
+                return found._replace(gradient=lambda *by: fault(found.gradient(*by)))
+
+            monkeypatch.setattr(model.actor, "likelihood", likelihood)
 
     return inject
 
