@@ -77,7 +77,7 @@ def check_saved_by_blpo(path: str | Path | io.BufferedIOBase) -> None:
                 names = archive.namelist()
                 damaged = archive.testzip() if "critic_optimizer.pth" in names else None
         except Exception as error:  # Damage shows in many ways: BadZipFile, EOFError, NotImplementedError, zlib.error, ...
-            raise ValueError(f"`{path}` is no zip file, or a damaged one: {error}.") from error
+            raise ValueError(f"`{path}` wasn't a zip-file, or is a damaged one: {error}.") from error
         finally:
             file.seek(position)
     if damaged is not None:

@@ -174,6 +174,18 @@ def test_overflow_in_the_actors_gradient() -> None:
     assert not differences(before, state_of(model))
 
 
+def test_overflow_in_batch_statistics() -> None:
+    """Their squares are infinite, and all that they normalise is zero from then on: gradients and losses look healthy."""
+    env = FaultyEnv("step", 1e25)
+    model = small(env=env, policy_kwargs={"features_extractor_class": NormedExtractor, "net_arch": [8]})
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"sum of the layers' running statistics is (inf|nan) in update 1"):
+        model.learn(16)
+    assert not differences(before, state_of(model))
+    env.where = ""
+    check_recovery(model)
+
+
 def spoil_gradient(
     monkeypatch: pytest.MonkeyPatch, model: BLPO, network: str, values: dict[int, float], entry: int = -1
 ) -> None:

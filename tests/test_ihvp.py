@@ -291,6 +291,32 @@ def test_failure_is_a_value(name, representation, bad):
     assert not solver.solve(healthy, th.tensor(bad, dtype=th.float64)).ok or bad == float("inf")
 
 
+def test_an_infinite_pivot_fails(monkeypatch):
+    """Elimination turns it into a finite solution."""
+    curvature, *_ = system("random", "gram")
+    A = curvature.dense()
+    A[3, 3] = -float("inf")
+    monkeypatch.setattr(curvature, "dense", lambda: A)
+    assert not Exact().solve(curvature, th.tensor(0.1, dtype=th.float64)).ok
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_sketch_that_is_not_finite_fails(bad, rank, curvature, monkeypatch):
+    """It is not above the cut-off for rounding errors, but neither is it a zero."""
+    J = jacobian_matrix("random")
+    c = th.ones(15, dtype=th.float64)
+    jacobian = DenseJacobian(J)
+    H = Hessian(jacobian, c, c[:N_STEPS]) if curvature == "hessian" else GaussNewton(jacobian, c, N_STEPS)
+    nystrom = Nystrom(rank, "columns")
+    nystrom.draw(J[0], th.Generator().manual_seed(0))
+    C, M = H.sketch(nystrom.omega)
+    M[-1, -1] = bad
+    monkeypatch.setattr(H, "sketch", lambda omega: (C, M))
+    assert not nystrom.solve(H, th.tensor(0.1, dtype=th.float64)).ok
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_no_curvature_at_all_fails(name):
     """A critic without any gradient has alpha = 0: there is nothing to invert."""
