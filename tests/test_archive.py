@@ -150,10 +150,10 @@ def flipped() -> bytes:
 
 
 FOREIGN: dict[str, tuple[Any, str]] = {
-    "empty": (bytes, "no zip file"),
-    "text": (lambda: b"data,policy.pth\n1,2\n", "no zip file"),
-    "pickle": (lambda: pickle.dumps({"policy": 1}), "no zip file"),
-    "truncated": (lambda: saved(small())[:-5000], "no zip file, or a damaged one|only part of one"),
+    "empty": (bytes, "wasn't a zip-file, or is a damaged one"),
+    "text": (lambda: b"data,policy.pth\n1,2\n", "wasn't a zip-file, or is a damaged one"),
+    "pickle": (lambda: pickle.dumps({"policy": 1}), "wasn't a zip-file, or is a damaged one"),
+    "truncated": (lambda: saved(small())[:-5000], "wasn't a zip-file|only part of one"),
     "flipped bit": (flipped, "is damaged: `critic_optimizer.pth` in it is not what was saved"),
     "zip": (foreign_zip, "is not a saved model, or only part of one: there is no `data` in it"),
     "torch": (torch_file, "is not a saved model, or only part of one: there is no `data` in it"),
