@@ -148,11 +148,9 @@ class Critic(nn.Module):
         :param observations: (n, ...)
         :return: Their values, without a graph (n,)
         """
-        return (
-            self(observations)
-            if self.chain is None
-            else self.chain.tape(flat_features(self.policy, observations)).outputs[:, 0]
-        )
+        if self.chain is not None:
+            return self.chain.tape(flat_features(self.policy, observations)).outputs[:, 0]
+        return self(observations)
 
     def loss_and_gradient(self, observations: PyTorchObs, returns: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """

@@ -61,6 +61,8 @@ class Tape(NamedTuple):
 
 class Chain(nn.Module):
     """
+    A network that keeps what differentiating it by hand takes.
+
     :param modules: Linear layers and elementwise activations without parameters
     """
 
