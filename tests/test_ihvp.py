@@ -219,6 +219,36 @@ def test_sketches_are_drawn_from_the_generator():
 
 
 @pytest.mark.parametrize("sketch", ["gaussian", "columns", "values"])
+def test_sketches_are_where_the_parameters_are(sketch):
+    nystrom = Nystrom(5, sketch)
+    nystrom.draw(th.zeros(50, device="meta"), th.Generator().manual_seed(0))
+    assert nystrom.omega.device.type == "meta"
+
+
+@pytest.mark.parametrize("representation", ["gram", "parameters", "hessian"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_tensors_are_made_where_the_inputs_are(name, representation):
+    J, c = jacobian_matrix("random"), th.ones(15, dtype=th.float64)
+    alpha, solver = th.tensor(0.1, dtype=th.float64), SOLVERS[name]
+    solver.draw(J[0], th.Generator().manual_seed(0))
+
+    def solve() -> tuple[th.Tensor, ...]:
+        jacobian = DenseJacobian(J)
+        if representation == "hessian":
+            curvature: Curvature = Hessian(jacobian, c, c[:N_STEPS])
+        else:
+            curvature = REPRESENTATIONS[representation](jacobian, c, N_STEPS)
+        x = solver.solve(curvature, alpha).x
+        return x, curvature.to_parameters(x), curvature.to_values(x), relative_residual(curvature, alpha, x)
+
+    expected = solve()
+    solver.draw(J[0], th.Generator().manual_seed(0))
+    with th.device("meta"):  # a default device on which nothing can be computed
+        actual = solve()
+    th.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sketch", ["gaussian", "columns", "values"])
 def test_no_matrix_of_all_parameters_squared(sketch):
     critic = nn.Sequential(nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 1))  # it would take 250 GB
     jacobian = LayerJacobian(critic, th.randn(4, 500))
