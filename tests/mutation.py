@@ -1,7 +1,7 @@
 """
 Mutation check: does each numerics module's own test file notice small changes of that module? With mutmut.
 
-Arguments choose modules, all of them if there are none. To look at a survivor: ``cd build/mutation/<module> && mutmut show <name>``.
+Arguments choose modules, all of them if there are none. ``mutmut show <name>`` in build/mutation/<module> shows a survivor.
 """
 
 import json
@@ -56,19 +56,23 @@ def check(module: str) -> dict[str, int]:
     return json.loads((copy / "mutants" / "mutmut-cicd-stats.json").read_text())
 
 
+def report(module: str, killed: int, total: int, seconds: float) -> bool:
+    """Print a line of the table, and return whether the target was reached."""
+    print(f"{module:14} {killed:4} of {total:4} killed, {killed / total:6.1%}, {seconds / 60:4.1f} min")
+    return killed >= TARGET * total
+
+
 def main() -> None:
     """Print the share killed, and fail where it is below the target."""
-    rows = []
+    rows: dict[str, tuple[int, int, float]] = {}
     for module in sys.argv[1:] or OWN_TESTS:
         start = time.monotonic()
         counts = check(module)
         # A mutant that never ends is noticed as well
-        killed = counts["killed"] + counts["timeout"]
-        rows.append((module, killed, counts["total"], time.monotonic() - start))
-    rows.append(("all", *(sum(row[i] for row in rows) for i in (1, 2, 3))))
-    for module, killed, total, seconds in rows:
-        print(f"{module:14} {killed:4} of {total:4} killed, {killed / total:6.1%}, {seconds / 60:4.1f} min")
-    if any(killed < TARGET * total for _, killed, total, _ in rows):
+        rows[module] = counts["killed"] + counts["timeout"], counts["total"], time.monotonic() - start
+    killed, total, seconds = zip(*rows.values(), strict=True)
+    rows["all"] = sum(killed), sum(total), sum(seconds)
+    if not all([report(module, *row) for module, row in rows.items()]):
         sys.exit(f"Less than {TARGET:.0%} killed")
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from sb3_blpo.curvature import Curvature, GaussNewton, GramGaussNewton, Hessian
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solver, make_solver
 from sb3_blpo.ihvp.base import relative_residual
+from sb3_blpo.ihvp.nystrom import _above_rounding
 from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
 
 N_STEPS = 12
@@ -211,7 +212,7 @@ def test_sketches_are_drawn_from_the_generator():
         first, second, third = Nystrom(5, sketch), Nystrom(5, sketch), Nystrom(5, sketch)
         generator = th.Generator().manual_seed(0)
         first.draw(like, generator)
-        second.draw(like, th.Generator().manual_seed(0))
+        ConjugateGradient(1, 0.1, second).draw(like, th.Generator().manual_seed(0))
         third.draw(like, generator)
         assert th.equal(first.omega, second.omega)
         assert not th.equal(first.omega, third.omega)
@@ -225,27 +226,27 @@ def test_sketches_are_where_the_parameters_are(sketch):
     assert nystrom.omega.device.type == "meta"
 
 
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
 @pytest.mark.parametrize("representation", ["gram", "parameters", "hessian"])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_tensors_are_made_where_the_inputs_are(name, representation):
-    J, c = jacobian_matrix("random"), th.ones(15, dtype=th.float64)
-    alpha, solver = th.tensor(0.1, dtype=th.float64), SOLVERS[name]
+def test_tensors_are_made_where_the_inputs_are_and_in_their_precision(name, representation, dtype):
+    J, c = jacobian_matrix("random").to(dtype), th.ones(15, dtype=dtype)
+    alpha, solver = th.tensor(0.5, dtype=dtype), SOLVERS[name]
+    jacobian = DenseJacobian(J)
     solver.draw(J[0], th.Generator().manual_seed(0))
-
-    def solve() -> tuple[th.Tensor, ...]:
-        jacobian = DenseJacobian(J)
+    with th.device("meta"):  # a default device on which nothing can be computed
         if representation == "hessian":
             curvature: Curvature = Hessian(jacobian, c, c[:N_STEPS])
         else:
             curvature = REPRESENTATIONS[representation](jacobian, c, N_STEPS)
         x = solver.solve(curvature, alpha).x
-        return x, curvature.to_parameters(x), curvature.to_values(x), relative_residual(curvature, alpha, x)
-
-    expected = solve()
-    solver.draw(J[0], th.Generator().manual_seed(0))
-    with th.device("meta"):  # a default device on which nothing can be computed
-        actual = solve()
-    th.testing.assert_close(actual, expected, rtol=0, atol=0)
+        v, u = curvature.to_parameters(x), curvature.to_values(x)
+        assert relative_residual(curvature, alpha, x) < 1e-5
+    H = 2 / N_STEPS * J[:N_STEPS].T @ J[:N_STEPS]
+    expected = th.linalg.solve(H + alpha * th.eye(20, dtype=dtype), J.T @ c)
+    tolerance = 1e-4 if dtype == th.float32 else 1e-10
+    th.testing.assert_close(v, expected, rtol=tolerance, atol=tolerance)
+    th.testing.assert_close(u, J[:N_STEPS] @ expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("sketch", ["gaussian", "columns", "values"])
@@ -307,6 +308,52 @@ def test_indefinite_hessian():
     assert not ConjugateGradient(100, 1e-12).solve(curvature, alpha).ok
 
 
+def solve_by_sketch(C: list[list[float]], M: list[list[float]], g: list[float], alpha: float, monkeypatch) -> th.Tensor:
+    """Nyström's solution for an indefinite H of which C = H Omega and M = Omega^T H Omega are given."""
+    jacobian, right_side = DenseJacobian(th.eye(len(g), dtype=th.float64)), th.tensor(g, dtype=th.float64)
+    curvature = Hessian(jacobian, right_side, right_side)
+    sketch = th.tensor(C, dtype=th.float64), th.tensor(M, dtype=th.float64)
+    monkeypatch.setattr(curvature, "sketch", lambda omega: sketch)
+    nystrom = Nystrom(len(M), "columns")
+    nystrom.draw(right_side, th.Generator().manual_seed(0))
+    solution = nystrom.solve(curvature, th.tensor(alpha, dtype=th.float64))
+    assert solution.ok
+    return solution.x
+
+
+def test_directions_without_curvature_are_left_out_of_an_indefinite_sketch(monkeypatch):
+    """H e_1 = e_2 although e_1^T H e_1 = 0: M^+ is 0 and so is H_Q."""
+    x = solve_by_sketch([[0.0], [1.0]], [[0.0]], [3.0, 5.0], 0.25, monkeypatch)
+    assert x.tolist() == [12.0, 20.0]
+
+
+def test_an_indefinite_sketch_that_cancels_the_damping_is_inverted_elsewhere(monkeypatch):
+    """H_Q = -alpha e_1 e_1^T: nothing is subtracted in Woodbury's identity where its inner matrix is 0."""
+    x = solve_by_sketch([[-0.25], [0.0]], [[-0.25]], [3.0, 5.0], 0.25, monkeypatch)
+    assert x.tolist() == [12.0, 20.0]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_rounding_is_relative_to_the_largest_eigenvalue(scale):
+    eigenvalues = scale * th.tensor([1.0, -1e-3, 1e-9, 1e-17, 0.0], dtype=th.float64)
+    assert _above_rounding(eigenvalues, th.float64).tolist() == [True, True, True, False, False]
+    assert _above_rounding(eigenvalues, th.float32).tolist() == [True, True, False, False, False]
+    assert not _above_rounding(0 * eigenvalues, th.float64).any()
+
+
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_relative_residual(representation):
+    for scale in (1.0, 1e-6):
+        curvature, H, g, _ = system("random", representation, scale)
+        alpha = 0.01 * H.trace()
+        x = scale * th.randn(len(curvature.g), dtype=th.float64)
+        v = curvature.to_parameters(x)
+        expected = (g - H @ v - alpha * v).norm() / g.norm()
+        th.testing.assert_close(relative_residual(curvature, alpha, x), expected, rtol=1e-10, atol=0)
+    nothing, *_ = system("random", representation, 0.0)
+    assert relative_residual(nothing, alpha, 0 * x) == 0
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
 @pytest.mark.parametrize("name", SOLVERS)
@@ -316,7 +363,8 @@ def test_failure_is_a_value(name, representation, bad):
     solver.draw(J[0], th.Generator().manual_seed(0))
     J[3, 4] = bad
     curvature = REPRESENTATIONS[representation](DenseJacobian(J), th.ones(15, dtype=th.float64), N_STEPS)
-    assert not solver.solve(curvature, th.tensor(0.1, dtype=th.float64)).ok
+    solution = solver.solve(curvature, th.tensor(0.1, dtype=th.float64))
+    assert th.equal(solution.ok, th.tensor(False)) and solution.x.shape == curvature.g.shape
     healthy, *_ = system("random", representation)
     assert not solver.solve(healthy, th.tensor(bad, dtype=th.float64)).ok or bad == float("inf")
 
@@ -368,3 +416,5 @@ def test_make_solver():
     assert isinstance(cg, ConjugateGradient) and (cg.max_iter, cg.tol, cg.preconditioner) == (7, 0.5, None)
     nystrom_cg = make_solver("nystrom_cg", **settings)
     assert isinstance(nystrom_cg, ConjugateGradient) and isinstance(nystrom_cg.preconditioner, Nystrom)
+    assert (nystrom_cg.max_iter, nystrom_cg.tol) == (7, 0.5)
+    assert (nystrom_cg.preconditioner.rank, nystrom_cg.preconditioner.sketch) == (3, "columns")
