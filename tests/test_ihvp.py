@@ -272,7 +272,27 @@ def test_cg_tolerance_is_relative_and_max_iter_holds():
         curvature, H, _, _ = system("random", "parameters", scale)
         alpha = 0.01 * H.trace()
         assert relative_residual(curvature, alpha, ConjugateGradient(100, 1e-3).solve(curvature, alpha).x) <= 1e-3
-    assert ConjugateGradient(3, 0.0).solve(curvature, alpha).iterations == 3
+
+
+@pytest.mark.parametrize("max_iter", [1, 3])
+def test_cg_stopped_early_is_the_best_of_its_krylov_space(max_iter):
+    curvature, H, g, _ = system("random", "parameters")
+    alpha = 0.01 * H.trace()
+    A = H + alpha * th.eye(len(H), dtype=th.float64)
+    Q = th.linalg.qr(th.stack([th.linalg.matrix_power(A, k) @ g for k in range(max_iter)], dim=1)).Q
+    solution = ConjugateGradient(max_iter, 0.0).solve(curvature, alpha)
+    assert solution.iterations == max_iter and solution.ok
+    th.testing.assert_close(solution.x, Q @ th.linalg.solve(Q.T @ A @ Q, Q.T @ g), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_cg_fails_where_it_meets_negative_curvature(scale):
+    """A = diag(2, -1): the first step from (2, 1) goes well, the second direction curves downwards."""
+    J = th.diag(th.tensor([3.0, 0.0], dtype=th.float64).sqrt())
+    curvature = GaussNewton(DenseJacobian(J), th.zeros(2, dtype=th.float64), 2)
+    curvature.g = scale * th.tensor([2.0, 1.0], dtype=th.float64)
+    solution = ConjugateGradient(10, 1e-6).solve(curvature, th.tensor(-1.0, dtype=th.float64))
+    assert solution.iterations == 1 and not solution.ok
 
 
 def indefinite() -> tuple[Hessian, th.Tensor, th.Tensor, th.Tensor]:
