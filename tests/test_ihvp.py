@@ -328,6 +328,15 @@ def test_indefinite_hessian():
     assert not ConjugateGradient(100, 1e-12).solve(curvature, alpha).ok
 
 
+def test_a_sampled_parameter_without_gradient_is_left_out():
+    J = jacobian_matrix("zero columns")
+    curvature = GaussNewton(DenseJacobian(J), th.ones(15, dtype=th.float64), N_STEPS)
+    nystrom = Nystrom(1, "columns")
+    nystrom.omega = th.tensor([3])
+    solution = nystrom.solve(curvature, th.tensor(0.1, dtype=th.float64))
+    assert solution.ok and th.equal(solution.x, curvature.g / 0.1)
+
+
 def solve_by_sketch(C: list[list[float]], M: list[list[float]], g: list[float], alpha: float, monkeypatch) -> th.Tensor:
     """Nyström's solution for an indefinite H of which C = H Omega and M = Omega^T H Omega are given."""
     jacobian, right_side = DenseJacobian(th.eye(len(g), dtype=th.float64)), th.tensor(g, dtype=th.float64)
@@ -438,3 +447,5 @@ def test_make_solver():
     assert isinstance(nystrom_cg, ConjugateGradient) and isinstance(nystrom_cg.preconditioner, Nystrom)
     assert (nystrom_cg.max_iter, nystrom_cg.tol) == (7, 0.5)
     assert (nystrom_cg.preconditioner.rank, nystrom_cg.preconditioner.sketch) == (3, "columns")
+    # Only these work among values sampled from the minibatch, without the whole Gram matrix
+    assert [Nystrom(3, sketch).needs_gram for sketch in ("values", "columns", "gaussian")] == [False, True, True]

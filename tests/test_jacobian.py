@@ -106,6 +106,13 @@ def test_hutchinson_is_unbiased():
     assert abs(estimates.mean() - exact) < 4 * standard_error
 
 
+def test_probes_are_drawn_from_the_generator_and_used_where_the_values_are():
+    body, observations = BODIES["tanh"](), th.randn(9, 3)
+    first, second = (functional(body, observations).squared_norm(7) for _ in range(2))
+    assert th.equal(first, second)
+    assert functional(body.to("meta"), observations.to("meta")).squared_norm(7).device.type == "meta"
+
+
 def test_rows_of_convolutions_in_groups_are_the_same(monkeypatch):
     th.manual_seed(0)
     body, observations = BODIES["convolutions"]().double(), th.randn(11, 3, dtype=th.float64)
