@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch as th
+from brute_force import as_flat_function
 from torch import nn
 
 from sb3_blpo.curvature import Curvature, GaussNewton, GramGaussNewton, Hessian
@@ -113,7 +114,7 @@ def test_solvers_agree_with_the_dense_solve(name, kind, representation, damping,
     assert relative_residual(curvature, alpha, solution.x) < 1e-7
 
 
-@pytest.mark.parametrize("sketch", ["gaussian", "columns"])
+@pytest.mark.parametrize("sketch", ["gaussian", "columns", "values"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [1, 4])
 def test_nystrom_is_its_formula(sketch, kind, rank):
@@ -123,12 +124,17 @@ def test_nystrom_is_its_formula(sketch, kind, rank):
         alpha = 0.01 * H.trace()
         solver = Nystrom(rank, sketch)
         solver.draw(J[0], th.Generator().manual_seed(1))
-        omega = solver.omega if sketch == "gaussian" else th.eye(len(H), dtype=th.float64)[:, solver.omega]
+        if sketch == "values":
+            omega = J[solver._rows(curvature)].T
+        else:
+            omega = solver.omega if sketch == "gaussian" else th.eye(len(H), dtype=th.float64)[:, solver.omega]
         C = H @ omega
         H_Q = C @ th.linalg.pinv(omega.T @ C, hermitian=True, rtol=1e-12) @ C.T
         expected = th.linalg.solve(H_Q + alpha * th.eye(len(H), dtype=th.float64), g)
-        actual = curvature.to_parameters(solver.solve(curvature, alpha).x)
-        th.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
+        actual = curvature.to_parameters(solver.inverse(curvature, alpha).apply(curvature.g))
+        # Gradients that differ by orders of magnitude are no orthonormal sketch: M loses digits
+        tolerance = 1e-3 if sketch == "values" and kind == "ill-conditioned" else 1e-8
+        th.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,14 +245,15 @@ def test_tensors_are_made_where_the_inputs_are_and_in_their_precision(name, repr
             curvature: Curvature = Hessian(jacobian, c, c[:N_STEPS])
         else:
             curvature = REPRESENTATIONS[representation](jacobian, c, N_STEPS)
-        x = solver.solve(curvature, alpha).x
+        x, _, _, values = solver.solve(curvature, alpha)
         v, u = curvature.to_parameters(x), curvature.to_values(x)
         assert relative_residual(curvature, alpha, x) < 1e-5
     H = 2 / N_STEPS * J[:N_STEPS].T @ J[:N_STEPS]
     expected = th.linalg.solve(H + alpha * th.eye(20, dtype=dtype), J.T @ c)
     tolerance = 1e-4 if dtype == th.float32 else 1e-10
     th.testing.assert_close(v, expected, rtol=tolerance, atol=tolerance)
-    th.testing.assert_close(u, J[:N_STEPS] @ expected, rtol=tolerance, atol=tolerance)
+    for actual in (u, u if values is None else values):
+        th.testing.assert_close(actual, J[:N_STEPS] @ expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("sketch", ["gaussian", "columns", "values"])
@@ -303,7 +310,10 @@ def indefinite() -> tuple[Hessian, th.Tensor, th.Tensor, th.Tensor]:
     )
     c, residuals = th.randn(12, dtype=th.float64), 3 * th.randn(10, dtype=th.float64)
     curvature = Hessian(jacobian, c, residuals)
-    H = curvature.H_v(th.eye(jacobian.n_params, dtype=th.float64))
+    critic, omega = as_flat_function(body, observations)
+    returns = jacobian.values[:10] - residuals
+    H = th.autograd.functional.hessian(lambda x: (critic(x).flatten()[:10] - returns).square().mean(), omega)
+    th.testing.assert_close(curvature.H_v(th.eye(len(H), dtype=th.float64)), H, rtol=1e-10, atol=1e-10)
     assert th.linalg.eigvalsh(H)[0] < -0.1
     return curvature, H, jacobian.Jt_w(c), th.tensor(0.05, dtype=th.float64)
 
