@@ -163,6 +163,19 @@ def test_nystrom_of_values_is_its_formula(kind, rank):
         )
 
 
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_the_gram_matrix_need_not_be_formed(dtype):
+    J = jacobian_matrix("random").to(dtype)
+    c, X = th.randn(15, dtype=dtype), th.randn(15, 3, dtype=th.float64)
+    whole, lean = (GramGaussNewton(DenseJacobian(J), c, N_STEPS, whole) for whole in (True, False))
+    assert not hasattr(lean, "K")
+    tolerance = {"rtol": 0, "atol": 1e-4 if dtype == th.float32 else 1e-12}
+    for x in (X, X[:, 0]):
+        th.testing.assert_close(lean.H_v(x), whole.H_v(x), **tolerance)
+        th.testing.assert_close(lean.dot(x, X), whole.dot(x, X), **tolerance)
+        th.testing.assert_close(lean.to_values(x), whole.to_values(x), **tolerance)
+
+
 def test_sampled_values_are_spread_over_the_minibatch():
     solver = Nystrom(5, "values")
     solver.draw(th.zeros(100), th.Generator().manual_seed(0))
