@@ -7,10 +7,11 @@ import torch as th
 from brute_force import Truth, as_flat_function, lambda_returns, truth
 from problems import Problem, problem
 
+import sb3_blpo.hypergradient
 from sb3_blpo.actor_critic import likelihood
-from sb3_blpo.curvature import GramGaussNewton, Hessian
+from sb3_blpo.curvature import Curvature, GaussNewton, GramGaussNewton, Hessian
 from sb3_blpo.hypergradient import Hypergradient, best_response, capped_correction, clipped_surrogate, hypergradient
-from sb3_blpo.ihvp import make_solver
+from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solution, make_solver
 from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
 
 CLIP_RANGE = 0.2
@@ -262,6 +263,37 @@ def test_statistics_are_those_of_ppo(closed_form):
     assert stats["ihvp_residual"] < 1e-7 and run(p, with_residual=False).stats["ihvp_residual"].isnan()
 
 
+@pytest.mark.parametrize(
+    ("solver", "layers", "spare_rows", "expected"),
+    [
+        (ConjugateGradient(1, 0.1), True, 0, "whole Gram matrix"),
+        (ConjugateGradient(1, 0.1), True, -1, "parameters"),
+        (ConjugateGradient(1, 0.1), False, 0, "parameters"),
+        (Nystrom(1, "values"), False, -1, "Gram matrix"),
+        (Exact(), False, -1, "whole Gram matrix"),
+    ],
+)
+def test_no_larger_matrix_than_the_solver_needs(solver, layers, spare_rows, expected, monkeypatch):
+    p = problem(0)
+    jacobian = jacobian_of(p, layers)
+    residuals = jacobian.values[: p.segment.n_transitions] - p.segment.returns
+    monkeypatch.setattr(sb3_blpo.hypergradient, "MAX_GRAM_ROWS", len(jacobian.values) + spare_rows)
+    seen: list[Curvature] = []
+
+    def solve(curvature: Curvature, alpha: th.Tensor) -> Solution:
+        seen.append(curvature)
+        return Solution(th.zeros_like(curvature.g), th.tensor(True), values=residuals)
+
+    monkeypatch.setattr(solver, "solve", solve)
+    response = best_response(jacobian, jacobian.values, residuals, solver, DAMPING, "gauss_newton", with_residual=False)
+    assert response.u is residuals  # of the solver, which knew it
+    (curvature,) = seen
+    if expected == "parameters":
+        assert type(curvature) is GaussNewton
+    else:
+        assert isinstance(curvature, GramGaussNewton) and curvature.whole == (expected == "whole Gram matrix")
+
+
 def test_the_correction_is_capped_before_it_is_added():
     p = problem(0)
     direct, capped = run(p, "none").gradient, run(p, max_correction_ratio=0.01)
@@ -269,13 +301,14 @@ def test_the_correction_is_capped_before_it_is_added():
     assert capped.stats["correction_capped"] and capped.stats["correction_ratio"] > 0.01
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("cap", [0.0, 0.3, 1.0, 1e9])
-def test_cap(cap):
-    direct = th.tensor([3.0, 0.0, 4.0])  # norm 5
-    correction = th.tensor([0.0, 6.0, 8.0])  # norm 10
+def test_cap(cap, scale):
+    direct = scale * th.tensor([3.0, 0.0, 4.0])  # norm 5
+    correction = scale * th.tensor([0.0, 6.0, 8.0])  # norm 10
     capped = capped_correction(direct, correction, th.tensor(True), cap)
     norm = capped.gradient.norm()
-    th.testing.assert_close(norm, th.tensor(min(10.0, cap * 5.0)))
+    th.testing.assert_close(norm, th.tensor(scale * min(10.0, cap * 5.0)))
     th.testing.assert_close(capped.ratio, th.tensor(2.0))
     th.testing.assert_close(capped.cosine, th.tensor(32 / 50))
     assert bool(capped.capped) == (cap < 2)
@@ -283,10 +316,12 @@ def test_cap(cap):
     assert th.equal(uncapped.gradient, correction) and not uncapped.capped
 
 
-def test_cap_of_nothing():
-    direct, nothing = th.tensor([3.0]), th.tensor([0.0])
-    capped = capped_correction(direct, nothing, th.tensor(True), 1.0)
+@pytest.mark.parametrize("cap", [0.0, 1.0])
+@pytest.mark.parametrize("direct", [0.0, 3.0])
+def test_cap_of_nothing(direct, cap):
+    capped = capped_correction(th.tensor([direct]), th.tensor([0.0]), th.tensor(True), cap)
     assert th.equal(capped.gradient, th.zeros(1)) and not capped.capped and not capped.skipped
+    assert capped.ratio == 0 and capped.cosine == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
