@@ -430,13 +430,14 @@ def test_an_infinite_pivot_fails(monkeypatch):
     assert not Exact().solve(curvature, th.tensor(0.1, dtype=th.float64)).ok
 
 
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_sketch_that_is_not_finite_fails(bad, rank, curvature, monkeypatch):
+def test_a_sketch_that_is_not_finite_fails(bad, rank, curvature, dtype, monkeypatch):
     """It is not above the cut-off for rounding errors, but neither is it a zero."""
-    J = jacobian_matrix("random")
-    c = th.ones(15, dtype=th.float64)
+    J = jacobian_matrix("random").to(dtype)
+    c = th.ones(15, dtype=dtype)
     jacobian = DenseJacobian(J)
     H = Hessian(jacobian, c, c[:N_STEPS]) if curvature == "hessian" else GaussNewton(jacobian, c, N_STEPS)
     nystrom = Nystrom(rank, "columns")
@@ -444,7 +445,7 @@ def test_a_sketch_that_is_not_finite_fails(bad, rank, curvature, monkeypatch):
     C, M = H.sketch(nystrom.omega)
     M[-1, -1] = bad
     monkeypatch.setattr(H, "sketch", lambda omega: (C, M))
-    assert not nystrom.solve(H, th.tensor(0.1, dtype=th.float64)).ok
+    assert not nystrom.solve(H, th.tensor(0.1, dtype=dtype)).ok
 
 
 @pytest.mark.parametrize("name", SOLVERS)
