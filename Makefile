@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Small networks: more threads would only wait for each other
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test slow conformance zoo fuzz soak lint
+.PHONY: train test slow conformance zoo fuzz soak mutation lint
 
 train: $(INSTALLED)
 	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
@@ -38,6 +38,11 @@ fuzz: $(INSTALLED)
 # Millions of steps: no NaN, memory flat. About an hour; a killed run goes on where it was
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py
+
+# Small changes to the numerics, one at a time: does the module's own test file notice?
+mutation: $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt mutmut
+	$(BIN)/python tests/mutation.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -58,7 +58,17 @@ def test_nothing_leaks_across_an_episode_end(T, U):
 
 
 def test_long_blocks_have_no_matrix():
-    assert gae.DiscountedSum(th.zeros(10_000, 1), 0.9).matrix is None
+    longest = gae.DiscountedSum.max_matrix_steps
+    assert gae.DiscountedSum(th.zeros(longest, 1), 0.9).matrix is not None
+    assert gae.DiscountedSum(th.zeros(longest + 1, 1), 0.9).matrix is None
+
+
+def test_tensors_are_made_where_the_inputs_are(U):
+    x, _, done = random_block(9, 2)
+    expected = U(done)(x), U(done).adjoint(x)
+    with th.device("meta"):  # a default device on which nothing can be computed
+        operator = U(done)
+        th.testing.assert_close((operator(x), operator.adjoint(x)), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("inside_rollout", [True, False])

@@ -7,10 +7,11 @@ import torch as th
 from brute_force import Truth, as_flat_function, lambda_returns, truth
 from problems import Problem, problem
 
+import sb3_blpo.hypergradient
 from sb3_blpo.actor_critic import likelihood
-from sb3_blpo.curvature import GramGaussNewton, Hessian
+from sb3_blpo.curvature import Curvature, GaussNewton, GramGaussNewton, Hessian
 from sb3_blpo.hypergradient import Hypergradient, best_response, capped_correction, clipped_surrogate, hypergradient
-from sb3_blpo.ihvp import make_solver
+from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solution, make_solver
 from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
 
 CLIP_RANGE = 0.2
@@ -29,7 +30,7 @@ def jacobian_of(p: Problem, layers: bool) -> Jacobian:
     )
 
 
-def run(p: Problem, solver: str = "exact", layers: bool = True, **changes) -> Hypergradient:
+def run(p: Problem, solver: str = "exact", layers: bool = True, entropy: th.Tensor | None = None, **changes) -> Hypergradient:
     jacobian = jacobian_of(p, layers)
     ihvp = make_solver(solver, rank=10**6, sketch="gaussian", max_iter=500, tol=1e-14)
     if ihvp is not None:
@@ -37,7 +38,7 @@ def run(p: Problem, solver: str = "exact", layers: bool = True, **changes) -> Hy
     arguments: dict[str, Any] = dict(
         clip_range=CLIP_RANGE, normalize_advantage=False, ent_coef=0.0, damping=DAMPING, curvature="gauss_newton"
     ) | {"max_correction_ratio": None}
-    action_likelihood = likelihood(list(p.actor.parameters()), p.actor(p.actor_input), None)
+    action_likelihood = likelihood(list(p.actor.parameters()), p.actor(p.actor_input), entropy)
     return hypergradient(*action_likelihood, p.segment, jacobian.values, jacobian, ihvp, **(arguments | changes))
 
 
@@ -214,25 +215,100 @@ def test_total_derivative_with_a_linear_critic(seed, inside_rollout):
     th.testing.assert_close(correction, th.stack(differences), rtol=1e-6, atol=1e-6 * correction.abs().max().item())
 
 
-def test_entropy_is_part_of_the_direct_gradient():
+def entropy_of(p: Problem, closed_form: bool) -> th.Tensor | None:
+    """Any function of the actor will do."""
+    return p.actor.mean(p.segment.states).square().sum(dim=1) + p.actor.log_std.sum() if closed_form else None
+
+
+@pytest.mark.parametrize("closed_form", [True, False])
+def test_entropy_is_part_of_the_direct_gradient(closed_form):
     p = problem(0)
-    gradient = run(p, "none", ent_coef=0.7).gradient - run(p, "none").gradient
+    entropy = entropy_of(p, closed_form)
+    gradient = run(p, "none", entropy=entropy, ent_coef=0.7).gradient - run(p, "none", entropy=entropy).gradient
     # Without a closed form the entropy is -log pi
-    expected = flat(th.autograd.grad(-0.7 * p.actor(p.actor_input).mean(), list(p.actor.parameters())))
+    bonus = 0.7 * (-p.actor(p.actor_input) if entropy is None else entropy).mean()
+    expected = flat(th.autograd.grad(bonus, list(p.actor.parameters()), retain_graph=True))
     th.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
     # The correction's ratio compares with the direct gradient that has the entropy in it
-    ratio = run(p, "exact", ent_coef=0.7).stats["correction_ratio"]
+    ratio = run(p, "exact", entropy=entropy, ent_coef=0.7).stats["correction_ratio"]
     correction = dense_truth(p).correction
-    th.testing.assert_close(ratio, correction.norm() / run(p, "none", ent_coef=0.7).gradient.norm())
+    th.testing.assert_close(ratio, correction.norm() / run(p, "none", entropy=entropy, ent_coef=0.7).gradient.norm())
 
 
+@pytest.mark.parametrize("closed_form", [True, False])
+def test_statistics_are_those_of_ppo(closed_form):
+    p = problem(0)
+    entropy = entropy_of(p, closed_form)
+    stats = run(p, entropy=entropy, ent_coef=0.7).stats
+    with th.no_grad():
+        values = p.critic(p.segment.observations).flatten()
+        log_prob, advantages = p.actor(p.actor_input), p.segment.advantages(values)
+        log_ratio = log_prob - p.segment.old_log_prob
+        ratio = log_ratio.exp()
+        policy_loss = -th.min(ratio * advantages, ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE) * advantages).mean()
+        entropy_loss = (log_prob if entropy is None else -entropy).mean()
+        expected = {
+            "policy_gradient_loss": policy_loss,
+            "entropy_loss": entropy_loss,
+            "loss": policy_loss + 0.7 * entropy_loss,
+            "approx_kl": (ratio - 1 - log_ratio).mean(),
+            "clip_fraction": ((ratio - 1).abs() > CLIP_RANGE).float().mean(),
+            "critic_loss_after": th.nn.functional.mse_loss(values[: len(ratio)], p.segment.returns),
+        }
+    assert 0 < stats["clip_fraction"] < 1
+    th.testing.assert_close({name: stats[name] for name in expected}, expected)
+    of_correction = {"correction_ratio", "correction_cosine", "correction_capped", "correction_skipped", "ihvp_residual"}
+    assert stats.keys() == expected.keys() | of_correction
+    assert run(p, "none").stats.keys() == expected.keys()
+    assert stats["ihvp_residual"] < 1e-7 and run(p, with_residual=False).stats["ihvp_residual"].isnan()
+
+
+@pytest.mark.parametrize(
+    ("solver", "layers", "spare_rows", "expected"),
+    [
+        (ConjugateGradient(1, 0.1), True, 0, "whole Gram matrix"),
+        (ConjugateGradient(1, 0.1), True, -1, "parameters"),
+        (ConjugateGradient(1, 0.1), False, 0, "parameters"),
+        (Nystrom(1, "values"), False, -1, "Gram matrix"),
+        (Exact(), False, -1, "whole Gram matrix"),
+    ],
+)
+def test_no_larger_matrix_than_the_solver_needs(solver, layers, spare_rows, expected, monkeypatch):
+    p = problem(0)
+    jacobian = jacobian_of(p, layers)
+    residuals = jacobian.values[: p.segment.n_transitions] - p.segment.returns
+    monkeypatch.setattr(sb3_blpo.hypergradient, "MAX_GRAM_ROWS", len(jacobian.values) + spare_rows)
+    seen: list[Curvature] = []
+
+    def solve(curvature: Curvature, alpha: th.Tensor) -> Solution:
+        seen.append(curvature)
+        return Solution(th.zeros_like(curvature.g), th.tensor(True), values=residuals)
+
+    monkeypatch.setattr(solver, "solve", solve)
+    response = best_response(jacobian, jacobian.values, residuals, solver, DAMPING, "gauss_newton", with_residual=False)
+    assert response.u is residuals  # of the solver, which knew it
+    (curvature,) = seen
+    if expected == "parameters":
+        assert type(curvature) is GaussNewton
+    else:
+        assert isinstance(curvature, GramGaussNewton) and curvature.whole == (expected == "whole Gram matrix")
+
+
+def test_the_correction_is_capped_before_it_is_added():
+    p = problem(0)
+    direct, capped = run(p, "none").gradient, run(p, max_correction_ratio=0.01)
+    th.testing.assert_close((capped.gradient - direct).norm(), 0.01 * direct.norm())
+    assert capped.stats["correction_capped"] and capped.stats["correction_ratio"] > 0.01
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("cap", [0.0, 0.3, 1.0, 1e9])
-def test_cap(cap):
-    direct = th.tensor([3.0, 0.0, 4.0])  # norm 5
-    correction = th.tensor([0.0, 6.0, 8.0])  # norm 10
+def test_cap(cap, scale):
+    direct = scale * th.tensor([3.0, 0.0, 4.0])  # norm 5
+    correction = scale * th.tensor([0.0, 6.0, 8.0])  # norm 10
     capped = capped_correction(direct, correction, th.tensor(True), cap)
     norm = capped.gradient.norm()
-    th.testing.assert_close(norm, th.tensor(min(10.0, cap * 5.0)))
+    th.testing.assert_close(norm, th.tensor(scale * min(10.0, cap * 5.0)))
     th.testing.assert_close(capped.ratio, th.tensor(2.0))
     th.testing.assert_close(capped.cosine, th.tensor(32 / 50))
     assert bool(capped.capped) == (cap < 2)
@@ -240,10 +316,12 @@ def test_cap(cap):
     assert th.equal(uncapped.gradient, correction) and not uncapped.capped
 
 
-def test_cap_of_nothing():
-    direct, nothing = th.tensor([3.0]), th.tensor([0.0])
-    capped = capped_correction(direct, nothing, th.tensor(True), 1.0)
+@pytest.mark.parametrize("cap", [0.0, 1.0])
+@pytest.mark.parametrize("direct", [0.0, 3.0])
+def test_cap_of_nothing(direct, cap):
+    capped = capped_correction(th.tensor([direct]), th.tensor([0.0]), th.tensor(True), cap)
     assert th.equal(capped.gradient, th.zeros(1)) and not capped.capped and not capped.skipped
+    assert capped.ratio == 0 and capped.cosine == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

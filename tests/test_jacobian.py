@@ -66,15 +66,12 @@ def test_products_equal_the_dense_jacobian(jacobian_and_dense):
     assert jacobian.n_params == J.shape[1]
     v, V = th.randn(J.shape[1], dtype=th.float64), th.randn(J.shape[1], 3, dtype=th.float64)
     w, W = th.randn(J.shape[0], dtype=th.float64), th.randn(J.shape[0], 3, dtype=th.float64)
-    th.testing.assert_close(jacobian.J_v(v), J @ v, **close)
-    th.testing.assert_close(jacobian.J_v(V), J @ V, **close)
-    th.testing.assert_close(jacobian.Jt_w(w), J.T @ w, **close)
-    th.testing.assert_close(jacobian.Jt_w(W), J.T @ W, **close)
-    th.testing.assert_close(jacobian.gram(), J @ J.T, **close)
-    rows = th.tensor([3, 0, 10])
-    th.testing.assert_close(jacobian.gram(rows), J @ J[rows].T, **close)
-    index = th.randperm(J.shape[1])[:5]
-    th.testing.assert_close(jacobian.columns(index), J[:, index], **close)
+    rows, index = th.tensor([3, 0, 10]), th.randperm(J.shape[1])[:5]
+    with th.device("meta"):  # a default device on which nothing can be computed: all must be made where the inputs are
+        actual = [jacobian.J_v(v), jacobian.J_v(V), jacobian.Jt_w(w), jacobian.Jt_w(W)]
+        actual += [jacobian.gram(), jacobian.gram(rows), jacobian.columns(index)]
+    expected = [J @ v, J @ V, J.T @ w, J.T @ W, J @ J.T, J @ J[rows].T, J[:, index]]
+    th.testing.assert_close(actual, expected, **close)
 
 
 def test_layers_give_the_exact_squared_norm(body):
@@ -107,6 +104,13 @@ def test_hutchinson_is_unbiased():
     standard_error = estimates.std() / len(estimates) ** 0.5
     assert standard_error < 0.05 * exact
     assert abs(estimates.mean() - exact) < 4 * standard_error
+
+
+def test_probes_are_drawn_from_the_generator_and_used_where_the_values_are():
+    body, observations = BODIES["tanh"](), th.randn(9, 3)
+    first, second = (functional(body, observations).squared_norm(7) for _ in range(2))
+    assert th.equal(first, second)
+    assert functional(body.to("meta"), observations.to("meta")).squared_norm(7).device.type == "meta"
 
 
 def test_rows_of_convolutions_in_groups_are_the_same(monkeypatch):

@@ -4,8 +4,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from brute_force import discounted_sums, lambda_returns
+from envs import ACTION_SPACES, SpaceEnv
 from gymnasium import spaces
-from models import collect_rollout
+from models import collect_rollout, small
+from problems import random_segment
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -152,3 +155,38 @@ def test_get_is_not_called_and_the_buffer_is_left_alone():
     model.train()
     for name, value in before.items():
         np.testing.assert_array_equal(value, getattr(model.rollout_buffer, name))
+
+
+@pytest.mark.parametrize("inside_rollout", [True, False])
+def test_what_runs_along_time_is_the_recursion(inside_rollout):
+    generator = th.Generator().manual_seed(0)
+    segment = random_segment(9, 3, 2, inside_rollout, generator)
+    values = th.randn(len(rows(segment)), generator=generator, dtype=th.float64, requires_grad=True)
+    weights, x = th.randn(2, segment.n_transitions, generator=generator, dtype=th.float64)
+    returns = lambda_returns(segment, values).flatten()
+    th.testing.assert_close(segment.advantages(values), returns - values[: len(x)], rtol=1e-12, atol=1e-12)
+    (gradient,) = th.autograd.grad(weights @ returns, values)
+    th.testing.assert_close(segment.return_gradient(weights), gradient, rtol=1e-12, atol=1e-12)
+    # The trace is the transpose of the discounted sum
+    th.testing.assert_close(segment.trace(x) @ weights, x @ discounted_sums(segment, weights), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("actions", ACTION_SPACES)
+def test_actions_are_as_sb3_hands_them_out(actions):
+    model = collect_rollout(small(env=SpaceEnv(action_space=ACTION_SPACES[actions]), batch_size=16))
+    (segment,) = model._segments()
+    np.testing.assert_array_equal(segment.actions.reshape(16, -1), model.rollout_buffer.actions[:, 0].reshape(16, -1))
+    handed_out = next(model.rollout_buffer.get()).actions
+    if actions == "Discrete":
+        handed_out = handed_out.long().flatten()
+    assert segment.actions.dtype == handed_out.dtype and segment.actions.shape == handed_out.shape
+
+
+def test_segments_are_where_the_buffer_is():
+    model = collect(16, 2)
+    (expected,) = model._segments()
+    with th.device("meta"):  # a default device on which nothing can be computed
+        (segment,) = model._segments()
+    for actual, wanted in zip(segment, expected, strict=True):
+        if isinstance(wanted, th.Tensor):
+            th.testing.assert_close(actual, wanted, rtol=0, atol=0)
