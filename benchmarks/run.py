@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ablation  # noqa: F401, for its algorithms
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -37,6 +38,8 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from tqdm import tqdm
+
+from sb3_blpo.zoo import default_hyperparams
 
 ROOT = Path(__file__).parents[1]
 BASELINES = ROOT / "benchmarks" / "baselines"
@@ -128,6 +131,20 @@ ALGORITHMS = {
     "PPO (BLPO's schedule)": Algorithm("ppo", BASELINES / "ppo_schedule.py"),
     "TRPO (tuned)": Algorithm("trpo", BASELINES / "trpo.yml"),
 }
+
+#: Of the ablation: what BLPO's arguments offer, and what ablation.py adds
+VARIANTS = {
+    "BLPO none, rollout's advantages": Algorithm("blpo_rollout_advantages", default_hyperparams(), {"ihvp_solver": "none"}),
+    "BLPO none, larger step": Algorithm("blpo_larger_step", default_hyperparams()),
+    "BLPO, constant u": Algorithm("blpo_constant_u", default_hyperparams()),
+    "BLPO, no curvature": Algorithm("blpo_no_curvature", default_hyperparams()),
+    **{f"BLPO, {sketch}": Algorithm("blpo", params={"ihvp_kwargs": {"sketch": sketch}}) for sketch in ("columns", "gaussian")},
+    **{f"BLPO, {solver}": Algorithm("blpo", params={"ihvp_solver": solver}) for solver in ("cg", "exact")},
+    **{f"BLPO, cap {cap}": Algorithm("blpo", params={"max_correction_ratio": cap}) for cap in (0.1, 1.0)},
+    "BLPO, no cap": Algorithm("blpo", params={"max_correction_ratio": None}),
+    **{f"BLPO, n_critic_updates {n}": Algorithm("blpo", params={"n_critic_updates": n}) for n in (1, 3, 10)},
+}
+ALGORITHMS |= VARIANTS
 MAIN = ("random", "BLPO", "BLPO none", "PPO (tuned)", "PPO (BLPO's schedule)")
 TRPO = ("TRPO (tuned)",)
 MUJOCO = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
@@ -141,6 +158,7 @@ STAGES = {
         Grid(MAIN + TRPO, {"Ant-v5": 1_000_000, "Swimmer-v5": 1_000_000}, n_evaluations=20),
         Grid(MAIN, {"Pendulum-v1": 100_000, "LunarLanderContinuous-v3": 300_000}, n_evaluations=20),
     ],
+    "ablation": [Grid((*MAIN, *VARIANTS), {task: SHORT[task] for task in ("Hopper-v5", "LunarLander-v3", "CartPole-v1")}, 10)],
 }
 
 
@@ -210,7 +228,8 @@ def command_of(cell: Cell) -> str:
         "--eval-freq": manager.eval_freq, "--eval-episodes": N_EPISODES, "--n-eval-envs": N_EPISODES,
         "--num-threads": 1, "--device": "cpu",
     }  # fmt: skip
-    words = ["python", "-m", "rl_zoo3.train", *(str(word) for option in options.items() for word in option)]
+    script = ["-m", "rl_zoo3.train"] if cell.what.algo in ("blpo", "ppo", "trpo") else ["benchmarks/ablation.py"]
+    words = ["python", *script, *(str(word) for option in options.items() for word in option)]
     if cell.what.config:
         words += ["--conf-file", os.path.relpath(cell.what.config, ROOT)]
     if manager.custom_hyperparams:
