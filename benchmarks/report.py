@@ -337,7 +337,7 @@ def by_task(results: Results) -> str:
         comparable = bool(results.have(PPO, RANDOM, tasks=[task]))
         rows.append([
             task, name, len(scores),
-            f"{scores.mean():.1f} ± {scores.std(ddof=1) if len(scores) > 1 else np.nan:.1f}",
+            f"{scores.mean():.1f}" + (f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""),
             estimate(results.raw, iqm, name, task),
             estimate(results.relative, mean, area, name, [task]) if comparable else "",
             estimate(results.arrival, "steps", name, [task]) if comparable else "",
@@ -442,7 +442,7 @@ def plot_summary(results: Results, path: Path) -> None:
     scores.set_yticks(
         [-i for i in range(len(parts))], [title.replace(", ", "\n").replace("that ", "that\n") for title in parts]
     )
-    scores.set_ylim(0.5 - len(parts), 0.5)
+    scores.set_ylim(0.5 - max(1, len(parts)), 0.5)
     scores.axvline(1, color="black", linewidth=0.8)
     scores.set_title("Final return relative to tuned PPO\n(interquartile mean, 95 %)", fontsize=11)
 
@@ -462,7 +462,7 @@ def plot_summary(results: Results, path: Path) -> None:
         if common := results.have(BLPO, name):
             bar(better, estimate(results.improvement, BLPO, name, common), -i, COLOURS[name])
     better.set_yticks([-i for i in range(len(others))], [name.replace(" (", "\n(") for name in others])
-    better.set_ylim(0.5 - len(others), 0.5)
+    better.set_ylim(0.5 - max(1, len(others)), 0.5)
     better.set_xlim(0, 1)
     better.axvline(0.5, color="black", linewidth=0.8)
     better.set_title("Probability that a run of BLPO\nends above one of", fontsize=11)
@@ -471,13 +471,15 @@ def plot_summary(results: Results, path: Path) -> None:
 
 def plot_ablation(results: Results, path: Path) -> None:
     """
-    :param results: All runs, BLPO's variants among them
-    :param path: The PNG
+    :param results: All runs
+    :param path: The PNG, if there are variants of BLPO
     """
     from matplotlib import pyplot as plt
 
     variants = [name for name in results.algorithms if name not in COLOURS]
     tasks = [task for task in results.have(NONE, PPO, RANDOM) if any((name, task) in results.runs for name in variants)]
+    if not tasks:
+        return
     names = [BLPO, *variants]
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(3 + 3 * len(tasks), 1.5 + 0.3 * len(names)), sharey=True, squeeze=False, layout="constrained"
@@ -511,8 +513,7 @@ def main() -> None:
     print(text)
     plot_curves(results, folder / "returns_curves.png")
     plot_summary(results, folder / "returns_summary.png")
-    if set(results.algorithms) - COLOURS.keys():
-        plot_ablation(results, folder / "returns_ablation.png")
+    plot_ablation(results, folder / "returns_ablation.png")
 
 
 if __name__ == "__main__":

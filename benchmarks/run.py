@@ -314,13 +314,11 @@ def train(cell: Cell, folder: Path) -> list[Row]:
     evaluation = next(callback for callback in manager.callbacks if isinstance(callback, EvalCallback))
     times = watch(evaluation)
     manager.learn(prepared[0])
-    for step, returns, time_so_far in zip(
-        evaluation.evaluations_timesteps, evaluation.evaluations_results, times, strict=True
-    ):
-        add(step, returns, *time_so_far)
-    if len(rows) < cell.n_evaluations:
+    if len(evaluation.evaluations_results) < cell.n_evaluations:
         raise RuntimeError("Training was interrupted")  # the Zoo catches KeyboardInterrupt
-    return rows[: cell.n_evaluations]  # a long last rollout may have had a further one
+    for k in range(cell.n_evaluations):  # a long last rollout may have had a further one
+        add(evaluation.evaluations_timesteps[k], evaluation.evaluations_results[k], *times[k])
+    return rows
 
 
 def train_apart(cell: Cell, folder: Path) -> list[Row]:
