@@ -93,7 +93,7 @@ class Row(NamedTuple):
     :param seconds: Wall time of training so far, without the evaluations' own
     :param cpu_seconds: CPU time likewise, which does not depend on what else the machine does
     :param config: Hash of all hyperparameters
-    :param commit: Of this repository; "+dirty" with other changes than results
+    :param commit: Last one that changed code or hyperparameters; "+dirty" with later changes
     :param versions: Of the packages
     """
 
@@ -284,10 +284,11 @@ def commit_and_versions() -> tuple[str, str]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    code = ("--", "sb3_blpo", "hyperparams", "benchmarks", ":!benchmarks/results")
+    commit = git("log", "-1", "--format=%h", *code) + ("+dirty" if git("status", "--porcelain", *code) else "")
     names = ("sb3_blpo", "stable_baselines3", "rl_zoo3", "torch", "gymnasium", "numpy")
     versions = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
-    return git("rev-parse", "--short", "HEAD") + ("+dirty" if changed else ""), ", ".join(versions)
+    return commit, ", ".join(versions)
 
 
 def train(cell: Cell, folder: Path) -> list[Row]:
