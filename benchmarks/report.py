@@ -288,7 +288,7 @@ def inventory(results: Results) -> str:
     counts = {key: runs.returns.shape[1] for key, runs in results.runs.items()}
     rows = [[task, *(counts.get((name, task), "") for name in results.algorithms)] for task in results.tasks]
     without = sorted({task.env_id for task in results.tasks} - results.random.keys())
-    made_with = [f"{column}: {'; '.join(dict.fromkeys(results.table[column]))}" for column in ("commit", "versions")]
+    made_with = [f"{column}: {'; '.join(map(str, results.table[column].unique()))}" for column in ("commit", "versions")]
     return "\n\n".join([
         f"Number of runs; complete: {max(counts.values())}.",
         markdown(["", *results.algorithms], rows),
@@ -505,7 +505,7 @@ def main() -> None:
 
     matplotlib.use("Agg")
     folder = arguments.folder or arguments.csv.parent
-    results = Results(pd.read_csv(arguments.csv))
+    results = Results(pd.read_csv(arguments.csv, dtype={"commit": str}))
     sections = {"Runs": inventory(results), "Aggregated": aggregate(results), "Tasks": by_task(results)}
     sections |= {f"Differences to {name}": differences(results, name) for name in (NONE, BLPO) if name in results.algorithms}
     text = "# Returns\n\n" + "\n\n".join(f"## {title}\n\n{section}" for title, section in sections.items()) + "\n"

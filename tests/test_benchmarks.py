@@ -309,7 +309,7 @@ def table(runs, random=None):
     for env_id, value in (random or {}).items():
         head = {"algorithm": "random", "env_id": env_id, "n_timesteps": 0, "step": 0, "cpu_seconds": 0.0}
         rows += [head | {"seed": seed, "mean_return": value + shift} for seed, shift in enumerate((-1, 1))]
-    return pd.DataFrame(rows).assign(std_return=0.0, seconds=0.0, config="x", commit="abc", versions="v")
+    return pd.DataFrame(rows).assign(std_return=0.0, seconds=0.0, config="x", commit="12e4567", versions="v")
 
 
 HOPPER, CARTPOLE = report.Task("Hopper-v5", 10_000), report.Task("CartPole-v1", 10_000)
@@ -421,6 +421,7 @@ def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     text = (tmp_path / "report.md").read_text()
     assert capsys.readouterr().out == text + "\n"
     assert "| Hopper-v5, 10k | BLPO |" in text and "nan" not in text
+    assert "commit: 12e4567\n" in text
     assert ("## Differences to BLPO none" in text) and ("no normalised score: " in text) == (left in ("no random", "one"))
     figures = {"returns_curves.png", "returns_summary.png"} | (
         {"returns_ablation.png"} if left in ("all", "fewer seeds") else set()
