@@ -340,9 +340,11 @@ def _end_with_parent(folder: Path) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-    # What the Zoo prints
+    # What the Zoo and MuJoCo print
     folder.mkdir(parents=True, exist_ok=True)
-    sys.stdout = sys.stderr = (folder / "output.txt").open("a")
+    with (folder / "output.txt").open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
 
 
 def read(path: Path) -> list[dict[str, str]]:
