@@ -1,0 +1,33 @@
+"""
+PPO with BLPO's schedule, for RL Zoo's `--conf-file`: the entries of hyperparams/blpo.yml without what only BLPO knows.
+
+Where BLPO's defaults are not PPO's, PPO gets BLPO's: the same number of transitions, minibatches and epochs, the actor's rate,
+discounts and clipping. `normalize_advantage` alone stays PPO's own default, True: that is PPO as people run it.
+"""
+
+import inspect
+from typing import Any
+
+import yaml
+from stable_baselines3 import PPO
+
+from sb3_blpo import BLPO
+from sb3_blpo.zoo import default_hyperparams
+
+OF_BLPO, OF_PPO = (
+    {name: parameter.default for name, parameter in inspect.signature(algorithm).parameters.items()}
+    for algorithm in (BLPO, PPO)
+)
+NOT_SHARED = {"normalize_advantage", *(OF_BLPO.keys() - OF_PPO.keys())}
+
+
+def of_ppo(entry: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param entry: Hyperparameters of BLPO
+    :return: PPO's with the same schedule
+    """
+    defaults = {name: value for name, value in OF_BLPO.items() if name in OF_PPO and value != OF_PPO[name]}
+    return {name: value for name, value in (defaults | entry).items() if name not in NOT_SHARED}
+
+
+hyperparams = {env_id: of_ppo(entry) for env_id, entry in yaml.safe_load(default_hyperparams().read_text()).items()}

@@ -1,0 +1,520 @@
+"""
+Tables and figures of what run.py recorded.
+
+``python benchmarks/report.py`` reads ``benchmarks/results/returns.csv`` alone, complete or not, and writes ``report.md`` and
+figures beside it. Intervals are rliable's: 95 % of a bootstrap that draws runs anew within each algorithm and task; here the
+runs of tuned PPO, by which scores are normalised, are drawn anew too, and a task may have fewer runs than another. With five
+runs of normal returns a task, such intervals cover the truth in 84 % (mean, one task) to 93 % (IQM, three) of the cases.
+"""
+
+import argparse
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+RETURNS = Path(__file__).parent / "results" / "returns.csv"
+N_DRAWS = 5000
+RANDOM, PPO, BLPO, NONE = "random", "PPO (tuned)", "BLPO", "BLPO none"
+#: In the order of the tables, with their colours in the figures; what has none is a variant for the ablation
+COLOURS = {
+    BLPO: "#d55e00",
+    NONE: "#777777",
+    PPO: "#0072b2",
+    "PPO (BLPO's schedule)": "#56b4e9",
+    "TRPO (tuned)": "#009e73",
+}
+#: Where returns still grow at the end. Elsewhere good algorithms end at the same return, and the way there counts
+GROWING = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5", "Swimmer-v5")
+
+
+class Task(NamedTuple):
+    """
+    :param env_id: Environment
+    :param n_timesteps: Length of the training
+    """
+
+    env_id: str
+    n_timesteps: int
+
+    def __str__(self) -> str:
+        return f"{self.env_id}, {self.n_timesteps // 1000}k"
+
+
+class Runs(NamedTuple):
+    """
+    An algorithm's runs on a task, with a leading axis of draws.
+
+    :param steps: Timesteps at the evaluations (n_evaluations,)
+    :param returns: Returns (n_draws, n_runs, n_evaluations)
+    :param seconds: CPU seconds of training (n_draws, n_runs, n_evaluations)
+    """
+
+    steps: np.ndarray
+    returns: np.ndarray
+    seconds: np.ndarray
+
+
+class Estimate(NamedTuple):
+    """
+    :param value: Of the runs as they are
+    :param low: Lower end of the interval
+    :param high: Upper end
+    :param error: Standard error
+    """
+
+    value: float
+    low: float
+    high: float
+    error: float
+
+    def __str__(self) -> str:
+        digits = 0 if 100 <= abs(self.value) < np.inf else 1 if 10 <= abs(self.value) < np.inf else 2
+        value, low, high = ("never" if np.isinf(x) else f"{x:.{digits}f}" for x in self[:3])
+        return f"{value} [{low}, {high}]"
+
+
+def final(returns: np.ndarray) -> np.ndarray:
+    """
+    :param returns: (..., n_evaluations)
+    :return: Score of each run: mean of the evaluations in the last 10 % of training, its start included (...)
+    """
+    return returns[..., -(-9 * returns.shape[-1] // 10) - 1 :].mean(-1)
+
+
+def area(returns: np.ndarray) -> np.ndarray:
+    """
+    :param returns: (..., n_evaluations)
+    :return: Mean of each run's evaluations, the area under its learning curve (...)
+    """
+    return returns.mean(-1)
+
+
+def mean(scores: np.ndarray) -> np.ndarray:
+    """
+    :param scores: (..., n_runs)
+    :return: Mean over the runs (...)
+    """
+    return scores.mean(-1)
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """
+    :param scores: (..., n_runs)
+    :return: Interquartile mean, as rliable's: a quarter of the runs, rounded down, is left out on each side (...)
+    """
+    n = scores.shape[-1]
+    return np.sort(scores, -1)[..., n // 4 : n - n // 4].mean(-1)
+
+
+def estimate(statistic: Callable[..., np.ndarray], *arguments: Any) -> Estimate:
+    """
+    :param statistic: Takes the arguments and the number of draws, gives a number for each draw (n_draws,)
+    :param arguments: Its arguments
+    :return: The statistic with its interval
+    """
+    with np.errstate(invalid="ignore"):  # a time may be infinite and has no standard error then
+        draws = statistic(*arguments, N_DRAWS)
+        low, high = np.quantile(draws, [0.025, 0.975], method="closest_observation")
+        return Estimate(float(statistic(*arguments, 0)[0]), float(low), float(high), float(draws.std()))
+
+
+class Results:
+    """
+    All runs of a CSV, and statistics of them. ``n_draws`` is the number of draws, 0 for the runs as they are.
+
+    :param table: Its rows
+    """
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self.table = table
+        trained = table[table.algorithm != RANDOM].sort_values(["seed", "step"])
+        self.runs: dict[tuple[str, Task], Runs] = {}
+        for (name, *task), rows in trained.groupby(["algorithm", "env_id", "n_timesteps"]):
+            shape = (1, rows.seed.nunique(), -1)
+            returns, seconds = (rows[column].to_numpy().reshape(shape) for column in ("mean_return", "cpu_seconds"))
+            self.runs[name, Task(*task)] = Runs(rows.step.to_numpy()[: returns.shape[-1]], returns, seconds)
+        self.random = table[table.algorithm == RANDOM].groupby("env_id").mean_return.mean().to_dict()
+        order = list(dict.fromkeys([*COLOURS, *table.algorithm]))
+        self.algorithms = sorted({name for name, _ in self.runs}, key=order.index)
+        self.colored = [name for name in self.algorithms if name in COLOURS]
+        self.tasks = sorted({task for _, task in self.runs}, key=lambda task: (task.env_id not in GROWING, *task[::-1]))
+
+    def have(self, *names: str, tasks: Iterable[Task] | None = None) -> list[Task]:
+        """
+        :param names: Algorithms, RANDOM among them
+        :param tasks: Tasks, by default all
+        :return: Those on which all of these have runs
+        """
+        return [
+            task
+            for task in (self.tasks if tasks is None else tasks)
+            if all(task.env_id in self.random if name == RANDOM else (name, task) in self.runs for name in names)
+        ]
+
+    def draw(self, name: str, task: Task, n_draws: int) -> Runs:
+        """
+        :param name: Algorithm
+        :param task: Task
+        :param n_draws: Number of draws
+        :return: Runs drawn with replacement, the same ones at each call
+        """
+        runs = self.runs[name, task]
+        if not n_draws:
+            return runs
+        n = runs.returns.shape[1]
+        drawn = np.random.default_rng(zlib.crc32(f"{name} {task}".encode())).integers(n, size=(n_draws, n))
+        return Runs(runs.steps, runs.returns[0, drawn], runs.seconds[0, drawn])
+
+    def raw(self, center: Callable, name: str, task: Task, n_draws: int) -> np.ndarray:
+        """
+        :param center: Of the runs
+        :param name: Algorithm
+        :param task: Task
+        :param n_draws: Number of draws
+        :return: Center of the final returns (n_draws,)
+        """
+        return center(final(self.draw(name, task, n_draws).returns))
+
+    def normalized(self, score: Callable, name: str, tasks: Iterable[Task], n_draws: int) -> np.ndarray:
+        """
+        :param score: Of a run
+        :param name: Algorithm
+        :param tasks: Tasks
+        :param n_draws: Number of draws
+        :return: (score - random policy) / (tuned PPO - random policy) of all runs on these tasks (n_draws, n_runs)
+        """
+        scores = []
+        for task in tasks:
+            own, ppo = (score(self.draw(who, task, n_draws).returns) for who in (name, PPO))
+            scores.append((own - self.random[task.env_id]) / (ppo.mean(-1, keepdims=True) - self.random[task.env_id]))
+        return np.concatenate(scores, -1)
+
+    def relative(self, center: Callable, score: Callable, name: str, tasks: Sequence[Task], n_draws: int) -> np.ndarray:
+        """
+        :param center: Of the normalised scores
+        :param score: Of a run
+        :param name: Algorithm
+        :param tasks: Tasks
+        :param n_draws: Number of draws
+        :return: Center of the normalised scores (n_draws,)
+        """
+        return center(self.normalized(score, name, tasks, n_draws))
+
+    def difference(self, center: Callable, name: str, other: str, tasks: Sequence[Task], n_draws: int) -> np.ndarray:
+        """
+        :param center: Of the normalised scores
+        :param name: Algorithm
+        :param other: What is subtracted
+        :param tasks: Tasks
+        :param n_draws: Number of draws
+        :return: Difference of the centers of final returns (n_draws,)
+        """
+        return self.relative(center, final, name, tasks, n_draws) - self.relative(center, final, other, tasks, n_draws)
+
+    def improvement(self, name: str, other: str, tasks: Sequence[Task], n_draws: int) -> np.ndarray:
+        """
+        :param name: Algorithm
+        :param other: Another
+        :param tasks: Tasks
+        :param n_draws: Number of draws
+        :return: Probability that a run of the one ends above one of the other, mean over the tasks (n_draws,)
+        """
+        probabilities = []
+        for task in tasks:
+            x, y = (final(self.draw(who, task, n_draws).returns) for who in (name, other))
+            probabilities.append(0.5 + 0.5 * np.sign(x[..., :, None] - y[..., None, :]).mean((-1, -2)))
+        return np.mean(probabilities, 0)
+
+    def arrival(self, clock: str, name: str, tasks: Sequence[Task], n_draws: int) -> np.ndarray:
+        """
+        :param clock: "steps" or "seconds"
+        :param name: Algorithm
+        :param tasks: Tasks
+        :param n_draws: Number of draws
+        :return: When the algorithm's mean curve first reaches tuned PPO's final return, straight lines between evaluations,
+            as a part of PPO's whole training; infinite where it never does; median over the tasks (n_draws,)
+        """
+        parts = []
+        for task in tasks:
+            runs, ppo = self.draw(name, task, n_draws), self.draw(PPO, task, n_draws)
+            curve, goal = runs.returns.mean(1), final(ppo.returns).mean(1)
+            if clock == "steps":
+                times, whole = np.broadcast_to(runs.steps, curve.shape), np.array(ppo.steps[-1])
+            else:
+                times, whole = runs.seconds.mean(1), ppo.seconds[..., -1].mean(1)
+            reached, rows = curve >= goal[:, None], np.arange(len(curve))
+            after = reached.argmax(1)
+            before = np.maximum(after - 1, 0)
+            rise = np.where(after > 0, curve[rows, after] - curve[rows, before], 1)
+            part = np.where(after > 0, (goal - curve[rows, before]) / rise, 0)
+            time = times[rows, before] + part * (times[rows, after] - times[rows, before])
+            parts.append(np.where(reached.any(1), time / whole, np.inf))
+        return np.median(parts, 0)
+
+
+def groups(tasks: Iterable[Task]) -> dict[str, list[Task]]:
+    """
+    :param tasks: Tasks
+    :return: What is aggregated
+    """
+    found: dict[str, list[Task]] = {}
+    for task in tasks:
+        title = f"MuJoCo, {task.n_timesteps // 1000}k" if task.env_id in GROWING else "tasks that saturate"
+        found.setdefault(title, []).append(task)
+    return found
+
+
+def markdown(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """
+    :param header: Titles of the columns
+    :param rows: Cells
+    :return: A table
+    """
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def inventory(results: Results) -> str:
+    """
+    :param results: All runs
+    :return: How many runs there are, and what they were made with
+    """
+    counts = {key: runs.returns.shape[1] for key, runs in results.runs.items()}
+    rows = [[task, *(counts.get((name, task), "") for name in results.algorithms)] for task in results.tasks]
+    without = sorted({task.env_id for task in results.tasks} - results.random.keys())
+    made_with = [f"{column}: {'; '.join(map(str, results.table[column].unique()))}" for column in ("commit", "versions")]
+    return "\n\n".join([
+        f"Number of runs; complete: {max(counts.values())}.",
+        markdown(["", *results.algorithms], rows),
+        *([f"Without a random policy there is no normalised score: {', '.join(without)}."] if without else []),
+        *made_with,
+    ])  # fmt: skip
+
+
+def aggregate(results: Results) -> str:
+    """
+    :param results: All runs
+    :return: Table over groups of tasks
+    """
+    rows = []
+    for (title, tasks), name in itertools.product(groups(results.tasks).items(), results.algorithms):
+        if common := results.have(name, PPO, RANDOM, tasks=tasks):
+            rows.append([
+                title, f"{len(common)} of {len(tasks)}", name,
+                estimate(results.relative, iqm, final, name, common),
+                estimate(results.relative, mean, final, name, common),
+                estimate(results.relative, iqm, area, name, common),
+                estimate(results.improvement, name, PPO, common),
+                estimate(results.arrival, "steps", name, common),
+                estimate(results.arrival, "seconds", name, common),
+            ])  # fmt: skip
+    header = [
+        "", "tasks", "algorithm", "final return, IQM", "final return, mean", "area under the curve, IQM", "P(above PPO)",
+        "steps to PPO's final return", "CPU time to it",
+    ]  # fmt: skip
+    return (
+        "Relative to tuned PPO: returns as (return - random policy) / (PPO - random policy), steps and time as parts of PPO's "
+        "whole training, median over the tasks.\n\n" + markdown(header, rows)
+    )
+
+
+def by_task(results: Results) -> str:
+    """
+    :param results: All runs
+    :return: Table of every algorithm on every task
+    """
+    rows = []
+    for task, name in itertools.product(results.tasks, results.algorithms):
+        if not results.have(name, tasks=[task]):
+            continue
+        scores = final(results.runs[name, task].returns[0])
+        comparable = bool(results.have(PPO, RANDOM, tasks=[task]))
+        rows.append([
+            task, name, len(scores),
+            f"{scores.mean():.1f}" + (f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""),
+            estimate(results.raw, iqm, name, task),
+            estimate(results.relative, mean, area, name, [task]) if comparable else "",
+            estimate(results.arrival, "steps", name, [task]) if comparable else "",
+            estimate(results.arrival, "seconds", name, [task]) if comparable else "",
+            f"{results.runs[name, task].seconds[0, :, -1].mean():.0f}",
+        ])  # fmt: skip
+    header = [
+        "", "algorithm", "runs", "final return, mean ± std", "IQM", "area / PPO's", "steps to PPO's final return",
+        "CPU time to it", "CPU seconds",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def differences(results: Results, other: str) -> str:
+    """
+    :param results: All runs
+    :param other: An algorithm
+    :return: Table of the others' final returns minus its own
+    """
+    rows = []
+    for name in (name for name in results.algorithms if name != other):
+        common = results.have(name, other, PPO, RANDOM)
+        parts = {title: tasks for title, tasks in groups(common).items() if len(tasks) > 1}
+        for title, tasks in {**parts, **{str(task): [task] for task in common}}.items():
+            found = estimate(results.difference, iqm if title in parts else mean, name, other, tasks)
+            # 2.8 standard errors, and with five runs those of the bootstrap are about a tenth too small
+            rows.append([name, title, found, f"{3 * found.error:.2f}"])
+    return (
+        "In units of tuned PPO's: IQM, for single tasks the mean. Smallest visible: about the true difference that as many "
+        "runs show in four of five cases, at 5 %.\n\n" + markdown(["", "tasks", f"minus {other}", "smallest visible"], rows)
+    )
+
+
+def bar(axis: Any, found: Estimate, place: float, colour: str) -> None:
+    """
+    :param axis: Where to draw
+    :param found: A number with its interval
+    :param place: Height
+    :param colour: Colour
+    """
+    axis.plot([found.low, found.high], [place, place], color=colour, linewidth=4, alpha=0.35, solid_capstyle="butt")
+    axis.plot(found.value, place, "o", color=colour, markersize=7)
+
+
+def save(figure: Any, shown: list[str], path: Path) -> None:
+    """
+    :param figure: A figure
+    :param shown: Algorithms for the legend
+    :param path: The PNG
+    """
+    handles = [figure.axes[0].plot([], [], color=COLOURS[name], linewidth=4)[0] for name in shown]
+    figure.legend(handles, shown, loc="outside lower center", ncols=max(1, len(shown)), frameon=False)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def plot_curves(results: Results, path: Path) -> None:
+    """
+    :param results: All runs
+    :param path: The PNG
+    """
+    from matplotlib import pyplot as plt
+
+    n_columns = min(3, len(results.tasks))
+    n_rows = -(-len(results.tasks) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(4 * n_columns, 2.9 * n_rows + 0.5), squeeze=False, layout="constrained"
+    )
+    for axis, task in itertools.zip_longest(axes.flat, results.tasks):
+        if task is None:
+            axis.set_axis_off()
+            continue
+        for name in (name for name in COLOURS if (name, task) in results.runs):
+            runs = results.runs[name, task]
+            low, high = np.quantile(results.draw(name, task, N_DRAWS).returns.mean(1), [0.025, 0.975], axis=0)
+            axis.plot(runs.steps, runs.returns[0].mean(0), color=COLOURS[name], linewidth=2, zorder=3 if name == BLPO else 2)
+            axis.fill_between(runs.steps, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+        if task.env_id in results.random:
+            axis.axhline(results.random[task.env_id], color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(task.env_id, fontsize=11)
+        axis.set_xlim(0, task.n_timesteps)
+        axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
+    figure.suptitle("Return along training: mean of the runs with its 95 % interval (dotted: random policy)")
+    save(figure, results.colored, path)
+
+
+def plot_summary(results: Results, path: Path) -> None:
+    """
+    :param results: All runs
+    :param path: The PNG
+    """
+    from matplotlib import pyplot as plt
+
+    figure, (scores, profile, better) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1), layout="constrained")
+    shown = results.colored
+    parts = groups(results.have(PPO, RANDOM))
+    for (i, tasks), (j, name) in itertools.product(enumerate(parts.values()), enumerate(shown)):
+        if common := results.have(name, tasks=tasks):
+            found = estimate(results.relative, iqm, final, name, common)
+            bar(scores, found, -i + 0.15 * ((len(shown) - 1) / 2 - j), COLOURS[name])
+    scores.set_yticks(
+        [-i for i in range(len(parts))], [title.replace(", ", "\n").replace("that ", "that\n") for title in parts]
+    )
+    scores.set_ylim(0.5 - max(1, len(parts)), 0.5)
+    scores.axvline(1, color="black", linewidth=0.8)
+    scores.set_title("Final return relative to tuned PPO\n(interquartile mean, 95 %)", fontsize=11)
+
+    common = results.have(PPO, RANDOM, *(name for name in shown if not name.startswith("TRPO")))
+    thresholds = np.linspace(0, 2, 101)
+    for name in (name for name in shown if common and results.have(name, tasks=common) == common):
+        point, draws = ((results.normalized(final, name, common, n)[..., None] > thresholds).mean(1) for n in (0, 1000))
+        profile.plot(thresholds, point[0], color=COLOURS[name], linewidth=2)
+        low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+        profile.fill_between(thresholds, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+    profile.axvline(1, color="black", linewidth=0.8)
+    profile.set_ylim(0, 1)
+    profile.set_title("Part of the runs that end above\na return relative to tuned PPO's", fontsize=11)
+
+    others = [name for name in shown if name != BLPO]
+    for i, name in enumerate(others):
+        if common := results.have(BLPO, name):
+            bar(better, estimate(results.improvement, BLPO, name, common), -i, COLOURS[name])
+    better.set_yticks([-i for i in range(len(others))], [name.replace(" (", "\n(") for name in others])
+    better.set_ylim(0.5 - max(1, len(others)), 0.5)
+    better.set_xlim(0, 1)
+    better.axvline(0.5, color="black", linewidth=0.8)
+    better.set_title("Probability that a run of BLPO\nends above one of", fontsize=11)
+    save(figure, results.colored, path)
+
+
+def plot_ablation(results: Results, path: Path) -> None:
+    """
+    :param results: All runs
+    :param path: The PNG, if there are variants of BLPO
+    """
+    from matplotlib import pyplot as plt
+
+    variants = [name for name in results.algorithms if name not in COLOURS]
+    tasks = [task for task in results.have(NONE, PPO, RANDOM) if any((name, task) in results.runs for name in variants)]
+    if not tasks:
+        return
+    names = [BLPO, *variants]
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(3 + 3 * len(tasks), 1.5 + 0.3 * len(names)), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, task in zip(axes.flat, tasks, strict=True):
+        for i, name in enumerate(names):
+            if (name, task) in results.runs:
+                colour = COLOURS.get(name, "black")
+                bar(axis, estimate(results.difference, mean, name, NONE, [task]), -i, colour)
+        axis.axvline(0, color=COLOURS[NONE], linewidth=2)
+        axis.set_title(task, fontsize=11)
+        axis.set_yticks([-i for i in range(len(names))], names)
+    figure.suptitle(f"Final return minus that of {NONE}, in units of tuned PPO's (mean, 95 %)")
+    save(figure, [], path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tables and figures of what run.py recorded")
+    parser.add_argument("csv", nargs="?", type=Path, default=RETURNS)
+    parser.add_argument("--folder", type=Path, help="for report.md and the figures, by default that of the CSV")
+    arguments = parser.parse_args()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder = arguments.folder or arguments.csv.parent
+    results = Results(pd.read_csv(arguments.csv, dtype={"commit": str}))
+    sections = {"Runs": inventory(results), "Aggregated": aggregate(results), "Tasks": by_task(results)}
+    sections |= {f"Differences to {name}": differences(results, name) for name in (NONE, BLPO) if name in results.algorithms}
+    text = "# Returns\n\n" + "\n\n".join(f"## {title}\n\n{section}" for title, section in sections.items()) + "\n"
+    (folder / "report.md").write_text(text)
+    print(text)
+    plot_curves(results, folder / "returns_curves.png")
+    plot_summary(results, folder / "returns_summary.png")
+    plot_ablation(results, folder / "returns_ablation.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,469 @@
+"""
+Returns of BLPO and of the baselines: environments × algorithms × seeds, trained and evaluated by RL Zoo.
+
+``python benchmarks/run.py --stage stage1`` trains each cell of :data:`STAGES` in a process of its own and adds its evaluations
+to ``benchmarks/results/returns.csv``. Cells that are there already with the same hyperparameters are left out, so that a
+killed run goes on where it was. ``--print-commands`` prints the Zoo's command for each cell, which gives the same evaluations:
+a separate environment with the training's normalisation, the deterministic policy, 10 episodes.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import inspect
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ablation  # noqa: F401, for its algorithms
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS, StoreDict
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from tqdm import tqdm
+
+from sb3_blpo.zoo import default_hyperparams
+
+ROOT = Path(__file__).parents[1]
+BASELINES = ROOT / "benchmarks" / "baselines"
+RETURNS = ROOT / "benchmarks" / "results" / "returns.csv"
+LOGS = ROOT / "logs" / "benchmarks"
+
+#: In as many environments: SB3 gives each the same number of them, so that short episodes are not preferred
+N_EPISODES = 10
+N_RANDOM_EPISODES = 100
+
+
+class Algorithm(NamedTuple):
+    """
+    :param algo: Name in RL Zoo, or "random": what scores are measured from
+    :param config: Hyperparameter file, ``None``: the Zoo's, for BLPO its own
+    :param params: Hyperparameters instead of the file's; of ``ihvp_kwargs``, those named here
+    """
+
+    algo: str
+    config: Path | None = None
+    params: dict[str, Any] = {}  # noqa: RUF012
+
+
+class Cell(NamedTuple):
+    """
+    One training.
+
+    :param algorithm: Name of the algorithm in the results
+    :param env_id: Environment
+    :param n_timesteps: Length of the training, over which schedules run; 0 for "random"
+    :param seed: Seed
+    :param n_evaluations: Number of evaluations, at equal distances
+    :param what: The algorithm
+    """
+
+    algorithm: str
+    env_id: str
+    n_timesteps: int
+    seed: int
+    n_evaluations: int
+    what: Algorithm
+
+
+class Row(NamedTuple):
+    """
+    One evaluation; the first four entries are those of its cell.
+
+    :param step: Timesteps so far
+    :param mean_return: Mean return of the episodes
+    :param std_return: Their standard deviation
+    :param seconds: Wall time of training so far, without the evaluations' own
+    :param cpu_seconds: CPU time likewise, which does not depend on what else the machine does
+    :param config: Hash of all hyperparameters
+    :param commit: Last one that changed code or hyperparameters; "+dirty" with later changes
+    :param versions: Of the packages
+    """
+
+    algorithm: str
+    env_id: str
+    n_timesteps: int
+    seed: int
+    step: int
+    mean_return: float
+    std_return: float
+    seconds: float
+    cpu_seconds: float
+    config: str
+    commit: str
+    versions: str
+
+
+class Grid(NamedTuple):
+    """
+    :param algorithms: Names
+    :param budgets: Timesteps by environment
+    :param n_evaluations: As in :class:`Cell`
+    """
+
+    algorithms: tuple[str, ...]
+    budgets: dict[str, int]
+    n_evaluations: int
+
+
+ALGORITHMS = {
+    "random": Algorithm("random"),
+    "BLPO": Algorithm("blpo"),
+    "BLPO none": Algorithm("blpo", params={"ihvp_solver": "none"}),
+    "PPO (tuned)": Algorithm("ppo", BASELINES / "ppo.yml"),
+    "PPO (BLPO's schedule)": Algorithm("ppo", BASELINES / "ppo_schedule.py"),
+    "TRPO (tuned)": Algorithm("trpo", BASELINES / "trpo.yml"),
+}
+
+#: Of the ablation: what BLPO's arguments offer, and what ablation.py adds
+VARIANTS = {
+    "BLPO none, rollout's advantages": Algorithm("blpo_rollout_advantages", default_hyperparams(), {"ihvp_solver": "none"}),
+    "BLPO none, larger step": Algorithm("blpo_larger_step", default_hyperparams()),
+    "BLPO, constant u": Algorithm("blpo_constant_u", default_hyperparams()),
+    "BLPO, no curvature": Algorithm("blpo_no_curvature", default_hyperparams()),
+    **{f"BLPO, {sketch}": Algorithm("blpo", params={"ihvp_kwargs": {"sketch": sketch}}) for sketch in ("columns", "gaussian")},
+    **{f"BLPO, {solver}": Algorithm("blpo", params={"ihvp_solver": solver}) for solver in ("cg", "exact")},
+    **{f"BLPO, cap {cap}": Algorithm("blpo", params={"max_correction_ratio": cap}) for cap in (0.1, 1.0)},
+    "BLPO, no cap": Algorithm("blpo", params={"max_correction_ratio": None}),
+    **{f"BLPO, n_critic_updates {n}": Algorithm("blpo", params={"n_critic_updates": n}) for n in (1, 3, 10)},
+}
+ALGORITHMS |= VARIANTS
+MAIN = ("random", "BLPO", "BLPO none", "PPO (tuned)", "PPO (BLPO's schedule)")
+TRPO = ("TRPO (tuned)",)
+MUJOCO = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
+SHORT = dict.fromkeys(MUJOCO, 250_000) | {"LunarLander-v3": 300_000, "CartPole-v1": 50_000, "Acrobot-v1": 100_000}
+LONG = dict.fromkeys(MUJOCO, 1_000_000)
+STAGES = {
+    "stage1": [Grid(MAIN, SHORT, n_evaluations=10)],
+    "stage2": [
+        Grid(MAIN, LONG, n_evaluations=20),
+        Grid(TRPO, LONG, n_evaluations=20),
+        Grid(MAIN + TRPO, {"Ant-v5": 1_000_000, "Swimmer-v5": 1_000_000}, n_evaluations=20),
+        Grid(MAIN, {"Pendulum-v1": 100_000, "LunarLanderContinuous-v3": 300_000}, n_evaluations=20),
+    ],
+    "ablation": [Grid((*MAIN, *VARIANTS), {task: SHORT[task] for task in ("Hopper-v5", "LunarLander-v3", "CartPole-v1")}, 10)],
+}
+
+
+def cells_of(grids: Iterable[Grid], seeds: Iterable[int] = range(5)) -> list[Cell]:
+    """
+    :param grids: A stage
+    :param seeds: Seeds
+    :return: Its cells, seed by seed, so that the first ones say something about every task already
+    """
+    cells = {}
+    for grid in grids:
+        for seed, (env_id, budget), name in itertools.product(seeds, grid.budgets.items(), grid.algorithms):
+            length, n_evaluations = (0, 1) if name == "random" else (budget, grid.n_evaluations)
+            cell = Cell(name, env_id, length, seed, n_evaluations, ALGORITHMS[name])
+            cells[cell[:4]] = cell
+    return list(cells.values())
+
+
+def experiment(cell: Cell, folder: Path) -> ExperimentManager:
+    """
+    :param cell: A cell
+    :param folder: Where logs go, for each cell another one: the Zoo numbers its runs without a lock
+    :return: RL Zoo's experiment
+    """
+    log_folder = folder / "".join(c if c.isalnum() else "_" for c in cell.algorithm) / f"{cell.n_timesteps}_{cell.seed}"
+    params = dict(cell.what.params)
+
+    def manager() -> ExperimentManager:
+        return ExperimentManager(
+            argparse.Namespace(), cell.what.algo, cell.env_id, str(log_folder), n_timesteps=cell.n_timesteps,
+            eval_freq=cell.n_timesteps // cell.n_evaluations, n_eval_episodes=N_EPISODES, n_eval_envs=N_EPISODES,
+            hyperparams=params, seed=cell.seed, verbose=0, log_interval=-1, device="cpu",
+            config=str(cell.what.config) if cell.what.config else None,
+        )  # fmt: skip
+
+    if "ihvp_kwargs" in params:
+        own = params.pop("ihvp_kwargs")
+        params["ihvp_kwargs"] = manager().read_hyperparameters()[1].get("ihvp_kwargs", {}) | own
+    return manager()
+
+
+def config_of(cell: Cell) -> str:
+    """
+    :param cell: A cell
+    :return: Hash of all that its result depends on, apart from code
+    """
+    if cell.what.algo == "random":
+        return f"{N_RANDOM_EPISODES} episodes"
+    with contextlib.redirect_stdout(None):
+        entry = experiment(cell, LOGS).read_hyperparameters()[1]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(ALGOS[cell.what.algo]).parameters.items()}
+    # Without the options that are off by default, so that a new one makes no result stale
+    settings = {name: value for name, value in defaults.items() if value} | entry
+    settings |= {"n_timesteps": cell.n_timesteps, "n_evaluations": cell.n_evaluations, "n_episodes": N_EPISODES}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def command_of(cell: Cell) -> str:
+    """
+    :param cell: A cell
+    :return: RL Zoo's command for the same training and evaluations
+    """
+    with contextlib.redirect_stdout(None):
+        manager = experiment(cell, LOGS)
+    options = {
+        "--algo": cell.what.algo, "--env": cell.env_id, "--seed": cell.seed, "-n": cell.n_timesteps,
+        "--eval-freq": manager.eval_freq, "--eval-episodes": N_EPISODES, "--n-eval-envs": N_EPISODES,
+        "--num-threads": 1, "--device": "cpu",
+    }  # fmt: skip
+    script = ["-m", "rl_zoo3.train"] if cell.what.algo in ("blpo", "ppo", "trpo") else ["benchmarks/ablation.py"]
+    words = ["python", *script, *(str(word) for option in options.items() for word in option)]
+    if cell.what.config:
+        words += ["--conf-file", os.path.relpath(cell.what.config, ROOT)]
+    if manager.custom_hyperparams:
+        words += ["-params", *(f"{name}:{value!r}".replace("'", '"') for name, value in manager.custom_hyperparams.items())]
+    return shlex.join(words)
+
+
+def watch(evaluation: EvalCallback) -> list[np.ndarray]:
+    """
+    :param evaluation: The evaluations of a training that is about to start
+    :return: Filled at each of them: seconds and CPU seconds of training so far, without the evaluations' own
+    """
+
+    def now() -> np.ndarray:
+        return np.array([time.perf_counter(), time.process_time()])
+
+    start, times, evaluate = now(), [], evaluation._on_step
+
+    def on_step() -> bool:
+        nonlocal start
+        if evaluation.n_calls % evaluation.eval_freq:
+            return True
+        before = now()
+        times.append(before - start)
+        go_on = evaluate()
+        start += now() - before
+        return go_on
+
+    evaluation._on_step = on_step  # type: ignore[method-assign]
+    return times
+
+
+class Random:
+    """
+    Uniformly random actions, for SB3's evaluation.
+
+    :param space: Space of actions
+    """
+
+    def __init__(self, space: spaces.Space) -> None:
+        self.space = space
+
+    def predict(self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> Any:
+        return np.array([self.space.sample() for _ in observation]), None
+
+
+def commit_and_versions() -> tuple[str, str]:
+    """
+    :return: What the results were made with
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    code = ("--", "sb3_blpo", "hyperparams", "benchmarks", ":!benchmarks/results")
+    commit = git("log", "-1", "--format=%h", *code) + ("+dirty" if git("status", "--porcelain", *code) else "")
+    names = ("sb3_blpo", "stable_baselines3", "rl_zoo3", "torch", "gymnasium", "numpy")
+    versions = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
+    return commit, ", ".join(versions)
+
+
+def train(cell: Cell, folder: Path) -> list[Row]:
+    """
+    :param cell: What to train, in this process
+    :param folder: Where logs go
+    :return: Its evaluations
+    """
+    made_with = (config_of(cell), *commit_and_versions())
+    rows = []
+
+    def add(step: int, returns: Any, seconds: float, cpu_seconds: float) -> None:
+        mean, std = (round(float(x), 4) for x in (np.mean(returns), np.std(returns)))
+        rows.append(Row(*cell[:4], step, mean, std, round(seconds, 2), round(cpu_seconds, 2), *made_with))
+
+    if cell.what.algo == "random":
+        env = make_vec_env(cell.env_id, seed=cell.seed)
+        add(0, evaluate_policy(Random(env.action_space), env, N_RANDOM_EPISODES, return_episode_rewards=True)[0], 0, 0)
+        return rows
+    th.set_num_threads(1)
+    manager = experiment(cell, folder)
+    prepared = manager.setup_experiment()
+    assert prepared is not None
+    evaluation = next(callback for callback in manager.callbacks if isinstance(callback, EvalCallback))
+    times = watch(evaluation)
+    manager.learn(prepared[0])
+    if len(evaluation.evaluations_results) < cell.n_evaluations:
+        raise RuntimeError("Training was interrupted")  # the Zoo catches KeyboardInterrupt
+    for k in range(cell.n_evaluations):  # a long last rollout may have had a further one
+        add(evaluation.evaluations_timesteps[k], evaluation.evaluations_results[k], *times[k])
+    return rows
+
+
+def train_apart(cell: Cell, folder: Path) -> list[Row]:
+    """
+    :param cell: What to train, in a process of its own, which ends when this one does
+    :param folder: Where logs go
+    :return: Its evaluations
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent, (folder,)) as pool:
+        return pool.submit(train, cell, folder).result()
+
+
+def _end_with_parent(folder: Path) -> None:
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    # What the Zoo and MuJoCo print
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output.txt").open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """
+    :param path: The CSV
+    :return: Its rows
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def key(row: dict[str, str]) -> tuple[str, ...]:
+    """
+    :param row: A row
+    :return: What names its cell
+    """
+    return tuple(row[name] for name in Row._fields[:4])
+
+
+def record(path: Path, rows: list[Row]) -> None:
+    """
+    :param path: The CSV, replaced as a whole, so that a crash leaves the old or the new one
+    :param rows: All rows of a cell, instead of those that are there
+    """
+    new = [{name: str(value) for name, value in row._asdict().items()} for row in rows]
+    with (temporary := path.with_suffix(".tmp")).open("w", newline="") as file:
+        writer = csv.DictWriter(file, Row._fields)
+        writer.writeheader()
+        writer.writerows([row for row in read(path) if key(row) != key(new[0])] + new)
+    temporary.replace(path)
+
+
+def missing(cells: list[Cell], path: Path) -> list[Cell]:
+    """
+    :param cells: Cells
+    :param path: The CSV
+    :return: Those that are not there, or with other hyperparameters
+    """
+    recorded = {key(row): row["config"] for row in read(path)}
+    left = []
+    for cell in cells:
+        config = recorded.get(tuple(map(str, cell[:4])))
+        if config != config_of(cell):
+            left.append(cell)
+            if config is not None:
+                print(f"{cell[:4]} was trained with other hyperparameters: its rows will be replaced")
+    return left
+
+
+def run(cells: list[Cell], path: Path, n_jobs: int, folder: Path = LOGS) -> int:
+    """
+    :param cells: What to train where it is missing
+    :param path: The CSV
+    :param n_jobs: Number of processes
+    :param folder: Where logs go
+    :return: Number of cells that failed
+    """
+    cells, failed = missing(cells, path), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    threads = ThreadPoolExecutor(n_jobs)
+    futures: dict[Future, Cell] = {threads.submit(train_apart, cell, folder): cell for cell in cells}
+    try:
+        with tqdm(total=sum(cell.n_timesteps for cell in cells), unit="step", unit_scale=True) as bar:
+            for future in as_completed(futures):
+                cell = futures[future]
+                if error := future.exception():
+                    failed += 1
+                    bar.write(f"{cell[:4]} failed: {error!r}")
+                else:
+                    record(path, future.result())
+                    bar.write(f"{cell[:4]}: {future.result()[-1].mean_return:.1f}")
+                bar.update(cell.n_timesteps)
+    finally:
+        threads.shutdown(cancel_futures=True)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Returns of BLPO and of the baselines")
+    parser.add_argument("--stage", choices=STAGES, default="stage1")
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="instead of the stage's own")
+    parser.add_argument("--envs", nargs="+", help="a part of the stage's")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("-n", "--n-timesteps", type=int, help="instead of the stage's own")
+    parser.add_argument("--params", nargs="+", action=StoreDict, default={}, help="key:value, as the Zoo's -params")
+    parser.add_argument("--name", help="what the algorithm with these --params is called in the results")
+    parser.add_argument("--output", type=Path, default=RETURNS, help="the CSV")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
+    parser.add_argument("--print-commands", action="store_true", help="print the Zoo's commands and train nothing")
+    arguments = parser.parse_args()
+    algorithms = arguments.algorithms
+    if arguments.params:
+        if not arguments.name or len(algorithms or ()) != 1:
+            parser.error("--params takes one of --algorithms and a --name")
+        base = ALGORITHMS[algorithms[0]]
+        algorithms = [arguments.name]
+        ALGORITHMS[arguments.name] = base._replace(params=base.params | arguments.params)
+    grids = [
+        Grid(
+            algorithms or grid.algorithms,
+            {
+                env_id: arguments.n_timesteps or budget
+                for env_id, budget in grid.budgets.items()
+                if not arguments.envs or env_id in arguments.envs
+            },
+            grid.n_evaluations,
+        )
+        for grid in STAGES[arguments.stage]
+    ]
+    cells = cells_of(grids, arguments.seeds)
+    if arguments.print_commands:
+        print("\n".join(f"{cell[:4]}: {command_of(cell)}" for cell in cells if cell.what.algo != "random"))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what else computes beside torch
+    if n_failed := run(cells, arguments.output, arguments.jobs):
+        sys.exit(f"{n_failed} of {len(cells)} cells failed, see {LOGS / 'output.txt'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+"""benchmarks/run.py, report.py, ablation.py: what is trained, when it is evaluated, what is left out, what is counted."""
+
+import inspect
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import ablation
+import numpy as np
+import pandas as pd
+import pytest
+import report
+import rl_zoo3
+import run
+import torch as th
+import yaml
+from rl_zoo3.utils import ALGOS
+from stable_baselines3 import PPO
+from stable_baselines3.common import callbacks
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_blpo import BLPO
+from sb3_blpo.zoo import default_hyperparams
+
+ROOT = Path(__file__).parents[1]
+TINY = {"n_envs": 2, "n_steps": 32, "batch_size": 32, "n_epochs": 1}
+
+
+def cell(name="BLPO", env_id="CartPole-v1", n_timesteps=128, seed=0, n_evaluations=2, **params):
+    what = run.ALGORITHMS[name]
+    if name == "random":
+        return run.Cell(name, env_id, 0, seed, 1, what)
+    return run.Cell(name, env_id, n_timesteps, seed, n_evaluations, what._replace(params=what.params | TINY | params))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = th.get_num_threads()
+    yield
+    th.set_num_threads(threads)
+
+
+# Hyperparameters
+
+
+@pytest.mark.parametrize("algo", ["ppo", "trpo"])
+def test_baselines_are_the_zoos(algo):
+    if version("rl_zoo3") != "2.9.2":
+        pytest.skip("the baselines are those of rl_zoo3 2.9.2")
+    ours = yaml.safe_load((run.BASELINES / f"{algo}.yml").read_text())
+    theirs = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algo}.yml").read_text())
+    assert ours == {env_id: theirs[env_id if env_id in theirs else env_id.replace("-v5", "-v4")] for env_id in ours}
+
+
+def test_every_cell_has_hyperparameters():
+    for name, grids in run.STAGES.items():
+        cells = run.cells_of(grids, [0])
+        assert len({one[:4] for one in cells}) == len(cells) >= 15, name
+        assert len({(one.env_id, run.config_of(one)) for one in cells if one.what.algo == "ppo"}) >= 6
+
+
+def test_no_default_hyperparameters_for_baselines():
+    with pytest.raises(ValueError, match="Hyperparameters not found for ppo-MountainCar-v0"):
+        run.config_of(cell("PPO (tuned)", "MountainCar-v0"))
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v5"])
+def test_schedule_is_shared(env_id, tmp_path):
+    models = []
+    for name in ("BLPO", "PPO (BLPO's schedule)"):
+        manager = run.experiment(run.Cell(name, env_id, 1000, 0, 1, run.ALGORITHMS[name]), tmp_path)
+        models.append((manager, manager.setup_experiment()[0]))
+    (blpo, leader), (ppo, baseline) = models
+    assert type(baseline) is PPO and baseline.normalize_advantage
+    assert (ppo.n_envs, ppo.normalize, ppo.normalize_kwargs) == (blpo.n_envs, blpo.normalize, blpo.normalize_kwargs)
+    for name in (
+        "n_steps",
+        "batch_size",
+        "n_epochs",
+        "gamma",
+        "gae_lambda",
+        "ent_coef",
+        "max_grad_norm",
+        "target_kl",
+        "use_sde",
+    ):
+        assert getattr(baseline, name) == getattr(leader, name), name
+    for progress in (1, 0.3):
+        assert baseline.lr_schedule(progress) == leader.lr_schedule(progress)
+        assert baseline.clip_range(progress) == leader.clip_range(progress)
+
+
+def test_schedule_of_every_entry():
+    shared = run.ALGORITHMS["PPO (BLPO's schedule)"].config
+    exec(shared.read_text(), names := {})
+    for env_id, entry in yaml.safe_load(default_hyperparams().read_text()).items():
+        settings = names["hyperparams"][env_id]
+        assert not settings.keys() & names["NOT_SHARED"]
+        assert settings == {**settings, **{name: value for name, value in entry.items() if name not in names["NOT_SHARED"]}}
+        assert settings["batch_size"] == entry.get("batch_size", 256)  # BLPO's default, not PPO's
+
+
+def test_config_names_all_that_matters(monkeypatch):
+    one = cell()
+    assert run.config_of(one) == run.config_of(cell(seed=1)) == run.config_of(cell(batch_size=32))
+    others = [cell(batch_size=64), cell(n_timesteps=256), cell(n_evaluations=4), cell(ihvp_solver="cg"), cell("BLPO none")]
+    assert len({run.config_of(other) for other in [one, *others]}) == 6
+
+    hopper = cell(env_id="Hopper-v5")
+    before = run.config_of(hopper)
+    parameters = dict(inspect.signature(BLPO).parameters)
+    off = inspect.Parameter("off", inspect.Parameter.KEYWORD_ONLY, default=None)
+    more_updates = parameters["n_critic_updates"].replace(default=4)
+    for changed, same in ((parameters | {"off": off}, True), (parameters | {"n_critic_updates": more_updates}, False)):
+
+        class Newer(BLPO):
+            __signature__ = inspect.Signature(list(changed.values()))
+
+        monkeypatch.setitem(ALGOS, "blpo", Newer)
+        assert (run.config_of(hopper) == before) == same
+
+
+def test_settings_of_the_solver_are_merged(tmp_path):
+    file = tmp_path / "blpo.yml"
+    file.write_text("CartPole-v1: {policy: MlpPolicy, n_timesteps: 100, ihvp_kwargs: {rank: 3, damping: 0.1}}")
+    what = run.Algorithm("blpo", file, {"ihvp_kwargs": {"rank": 4}})
+    settings = run.experiment(cell()._replace(what=what), tmp_path).read_hyperparameters()[1]
+    assert settings["ihvp_kwargs"] == {"rank": 4, "damping": 0.1}
+
+
+# One cell
+
+
+@pytest.mark.parametrize("n_envs", [1, 4, 8, 16])
+def test_evaluations_at_equal_distances(n_envs, tmp_path):
+    rows = run.train(cell("PPO (tuned)", n_timesteps=2000, n_evaluations=10, n_envs=n_envs, n_steps=128 // n_envs), tmp_path)
+    assert [row.step for row in rows] == [k * (200 // n_envs) * n_envs for k in range(1, 11)]
+    assert 2000 - 10 * n_envs < rows[-1].step <= 2000
+    assert all(9 <= row.mean_return <= 500 and row.std_return > 0 for row in rows)
+    assert all(np.diff([row.cpu_seconds for row in rows]) >= 0)
+    assert np.load(next(tmp_path.rglob("evaluations.npz")))["results"].shape == (10, 10)
+
+
+def test_no_evaluation_after_the_last(tmp_path):
+    # The last rollout goes on to where a fifth one would be
+    rows = run.train(cell("PPO (tuned)", n_timesteps=40, n_evaluations=4, n_steps=32), tmp_path)
+    assert [row.step for row in rows] == [10, 20, 30, 40]
+
+
+def test_evaluation_is_separate_and_costs_no_time(tmp_path, monkeypatch):
+    seen = []
+
+    def evaluate(model, env, n_eval_episodes, deterministic, **kwargs):
+        start = time.process_time()
+        while time.process_time() < start + 0.3:
+            pass
+        training = model.get_vec_normalize_env()
+        assert env is not training and env.num_envs == n_eval_episodes == 10 and deterministic
+        assert not env.training and not env.norm_reward
+        assert (env.obs_rms.mean == training.obs_rms.mean).all() and (env.obs_rms.var == training.obs_rms.var).all()
+        seen.append(training.obs_rms.count)
+        return [float(len(seen))] * 10, [1] * 10
+
+    monkeypatch.setattr(callbacks, "evaluate_policy", evaluate)
+    rows = run.train(cell(env_id="Pendulum-v1", n_evaluations=4, normalize=True), tmp_path)
+    assert [row.mean_return for row in rows] == [1, 2, 3, 4] and len(set(seen)) == 4
+    # Three evaluations of 0.3 s each come before the last mark
+    assert 0 < rows[-1].cpu_seconds < 0.9
+
+
+def test_interrupted_training_is_no_result(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(callbacks, "evaluate_policy", interrupt)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run.train(cell(), tmp_path)
+
+
+def test_random_policy(tmp_path):
+    (row,) = run.train(cell("random"), tmp_path)
+    assert (row.step, row.n_timesteps, row.config) == (0, 0, "100 episodes")
+    assert 15 < row.mean_return < 30
+    assert run.train(cell("random"), tmp_path)[0].mean_return == row.mean_return
+    assert run.train(cell("random", seed=1), tmp_path)[0].mean_return != row.mean_return
+
+
+@pytest.mark.parametrize("name", ["BLPO", "BLPO none, rollout's advantages"])
+def test_command_gives_the_same(name, tmp_path):
+    one = cell(name)
+    run.train(one, tmp_path / "ours")
+    python, *words = shlex.split(run.command_of(one))
+    assert python == "python"
+    subprocess.run(
+        [sys.executable, *words, "-f", tmp_path / "theirs"], cwd=ROOT, check=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    ours, theirs = (np.load(next((tmp_path / who).rglob("evaluations.npz"))) for who in ("ours", "theirs"))
+    assert ours.files == theirs.files
+    for array in ours.files:
+        np.testing.assert_array_equal(ours[array], theirs[array])
+
+
+# Many cells
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Cells that were trained, by a training that takes no time."""
+    done = []
+
+    def train(one, folder):
+        if one.seed == 13:
+            raise ValueError("bad luck")
+        done.append(one[:4])
+        config = run.config_of(one)
+        return [run.Row(*one[:4], k, float(k), 0.0, 0.0, 0.0, config, "commit", "a, b") for k in range(one.n_evaluations)]
+
+    monkeypatch.setattr(run, "train_apart", train)
+    return done
+
+
+def test_recorded_cells_are_left_out(trained, tmp_path, capsys):
+    path = tmp_path / "results" / "returns.csv"
+    cells = [cell("random"), cell(), cell(seed=1), cell(n_timesteps=256), cell("BLPO none")]
+    assert run.run(cells[:3], path, 2) == 0
+    assert sorted(trained) == sorted(one[:4] for one in cells[:3])
+    assert run.run(cells, path, 2) == 0
+    assert sorted(trained[3:]) == sorted(one[:4] for one in cells[3:])
+    assert run.run(cells, path, 2) == 0
+    assert len(trained) == 5
+    assert "other hyperparameters" not in capsys.readouterr().out
+    rows = run.read(path)
+    assert len(rows) == 9 and {row["versions"] for row in rows} == {"a, b"}
+
+
+def test_changed_hyperparameters(trained, tmp_path, capsys):
+    path = tmp_path / "returns.csv"
+    run.run([cell(), cell(seed=1)], path, 1)
+    run.run([cell(batch_size=64), cell(seed=1)], path, 1)
+    assert "('BLPO', 'CartPole-v1', 128, 0) was trained with other hyperparameters" in capsys.readouterr().out
+    assert len(trained) == 3
+    configs = {(row["seed"], row["config"]) for row in run.read(path)}
+    assert configs == {("0", run.config_of(cell(batch_size=64))), ("1", run.config_of(cell()))}
+    assert len(run.read(path)) == 4
+
+
+def test_failed_cell(trained, tmp_path):
+    path = tmp_path / "returns.csv"
+    assert run.run([cell(seed=13), cell()], path, 1) == 1
+    assert {row["seed"] for row in run.read(path)} == {"0"}
+
+
+def test_processes(tmp_path):
+    path = tmp_path / "returns.csv"
+    cells = [cell("random"), cell()]
+    assert run.run(cells, path, 2, tmp_path / "logs") == 0
+    assert [(row["algorithm"], row["step"]) for row in sorted(run.read(path), key=lambda row: row["algorithm"])] == [
+        ("BLPO", "64"), ("BLPO", "128"), ("random", "0"),
+    ]  # fmt: skip
+    assert "Loading hyperparameters" in (tmp_path / "logs" / "output.txt").read_text()
+    in_this_process = run.train(cells[1], tmp_path / "here")
+    recorded = [row for row in run.read(path) if row["algorithm"] == "BLPO"]
+    assert [row["mean_return"] for row in recorded] == [str(row.mean_return) for row in in_this_process]
+
+
+@pytest.mark.slow
+def test_killed(tmp_path):
+    path = tmp_path / "returns.csv"
+    command = [
+        sys.executable, "benchmarks/run.py", "--algorithms", "random", "BLPO", "--envs", "CartPole-v1", "--seeds", "0", "1",
+        "-n", "20000", "--jobs", "1", "--output", str(path),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment)
+    while len(run.read(path)) < 11:
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = run.read(path)
+    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    after = run.read(path)
+    assert after[: len(before)] == before and len(after) == 22
+    assert len(output.splitlines()) == 4 - len({run.key(row) for row in before})
+
+
+# The report
+
+
+def curve(values):
+    """Rows of one run: its returns at the evaluations."""
+    return [{"step": 1000 * (k + 1), "mean_return": value} for k, value in enumerate(values)]
+
+
+def table(runs, random=None):
+    rows = []
+    for (algorithm, env_id, n_timesteps), curves in runs.items():
+        for seed, values in enumerate(curves):
+            speed = 2.0 if algorithm == report.PPO else 1.0
+            for row in curve(values):
+                head = {"algorithm": algorithm, "env_id": env_id, "n_timesteps": n_timesteps, "seed": seed}
+                rows.append(head | row | {"cpu_seconds": speed * row["step"] / 1000})
+    for env_id, value in (random or {}).items():
+        head = {"algorithm": "random", "env_id": env_id, "n_timesteps": 0, "step": 0, "cpu_seconds": 0.0}
+        rows += [head | {"seed": seed, "mean_return": value + shift} for seed, shift in enumerate((-1, 1))]
+    return pd.DataFrame(rows).assign(std_return=0.0, seconds=0.0, config="x", commit="12e4567", versions="v")
+
+
+HOPPER, CARTPOLE = report.Task("Hopper-v5", 10_000), report.Task("CartPole-v1", 10_000)
+
+
+def flat(*scores):
+    return [[score] * 10 for score in scores]
+
+
+@pytest.fixture
+def results():
+    return report.Results(table({
+        (report.BLPO, *HOPPER): flat(10, 40, 20, 30),
+        (report.PPO, *HOPPER): flat(5, 10, 15, 20),
+        (report.BLPO, *CARTPOLE): [[5 * k for k in range(1, 11)]] * 4,
+        (report.PPO, *CARTPOLE): flat(22, 22, 22, 22),
+    }, {"Hopper-v5": 2.5, "CartPole-v1": 2}))  # fmt: skip
+
+
+@pytest.mark.parametrize("n, first", [(10, 9), (20, 18), (5, 5), (4, 4)])
+def test_final_is_the_last_tenth(n, first):
+    assert report.final(np.arange(1, n + 1)) == np.arange(first, n + 1).mean()
+
+
+def test_interquartile_mean():
+    assert report.iqm(np.array([100, 1, 2, 3, -50])) == 2
+    assert report.iqm(np.array([4, 1, 3, 2])) == 2.5
+    assert report.iqm(np.array([1, 2, 9])) == 4
+
+
+def test_normalized_by_hand(results):
+    assert results.normalized(report.final, report.BLPO, [HOPPER], 0).tolist() == [[0.75, 3.75, 1.75, 2.75]]
+    # CartPole: (47.5 - 2) / (22 - 2), four times
+    both = results.relative(report.iqm, report.final, report.BLPO, [HOPPER, CARTPOLE], 0)
+    assert both == pytest.approx(np.mean([2.275] * 4))
+    assert results.relative(report.mean, report.area, report.BLPO, [CARTPOLE], 0) == pytest.approx((27.5 - 2) / 20)
+    assert results.raw(report.iqm, report.BLPO, HOPPER, 0) == 25
+    assert results.difference(report.mean, report.BLPO, report.PPO, [HOPPER], 0) == pytest.approx(1.25)
+
+
+def test_improvement_by_hand(results):
+    # Above 5, 10, 15, 20: 10 in 1.5 of 4 cases, 20 in 3.5, 30 and 40 always
+    assert results.improvement(report.BLPO, report.PPO, [HOPPER], 0) == pytest.approx(13 / 16)
+    assert results.improvement(report.BLPO, report.PPO, [HOPPER, CARTPOLE], 0) == pytest.approx((13 / 16 + 1) / 2)
+
+
+def test_arrival_by_hand(results):
+    # 5 k reaches 22 at k = 4.4 of 10; PPO's ten take twice the time
+    assert results.arrival("steps", report.BLPO, [CARTPOLE], 0) == pytest.approx(0.44)
+    assert results.arrival("seconds", report.BLPO, [CARTPOLE], 0) == pytest.approx(0.22)
+    assert results.arrival("steps", report.BLPO, [HOPPER], 0) == pytest.approx(0.1)
+    assert results.arrival("steps", report.PPO, [CARTPOLE], 0) == pytest.approx(0.1)
+    low = report.Results(table({(report.BLPO, *HOPPER): flat(1, 2), (report.PPO, *HOPPER): flat(3, 4)}))
+    found = report.estimate(low.arrival, "steps", report.BLPO, [HOPPER])
+    assert str(found) == "never [never, never]"
+
+
+def test_interval(results):
+    found = report.estimate(results.raw, report.mean, report.BLPO, HOPPER)
+    # 256 equally likely samples of four: 2.5 % of them have a mean of at most 15
+    assert found == report.estimate(results.raw, report.mean, report.BLPO, HOPPER)
+    assert found.value == 25 and (found.low, found.high) == (15, 35)
+    assert found.error == pytest.approx(np.sqrt(125 / 4), rel=0.03)
+    # PPO's runs are drawn, too, so its own mean is exact and its score is not
+    assert report.estimate(results.relative, report.mean, report.final, report.PPO, [HOPPER])[:3] == pytest.approx((1, 1, 1))
+    relative = report.estimate(results.relative, report.mean, report.final, report.BLPO, [HOPPER])
+    assert relative.error > found.error / 10
+
+
+def test_as_rliable():
+    metrics = pytest.importorskip("rliable.metrics")
+    library = pytest.importorskip("rliable.library")
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=(5, 3))
+    others = generator.normal(size=(5, 3))
+    tasks = [report.Task(f"Task{i}-v0", 10_000) for i in range(3)]
+    results = report.Results(table(
+        {(name, *task): flat(*x[:, i]) for i, task in enumerate(tasks) for name, x in (("A", scores), ("B", others))}
+        | {(report.PPO, *task): flat(1, 1) for task in tasks},
+        dict.fromkeys((task.env_id for task in tasks), 0),
+    ))  # fmt: skip
+    found = report.estimate(results.relative, report.iqm, report.final, "A", tasks)
+    point, interval = library.get_interval_estimates(
+        {"A": scores}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=5000, random_state=np.random.RandomState(0)
+    )
+    assert found.value == pytest.approx(point["A"][0])
+    assert [found.low, found.high] == pytest.approx(interval["A"][:, 0], abs=0.05)
+    better = results.improvement("A", "B", tasks, 0)[0]
+    assert better == pytest.approx(metrics.probability_of_improvement(scores, others))
+
+
+@pytest.mark.parametrize("left", ["all", "no PPO", "no random", "one", "fewer seeds"])
+def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
+    rows = results.table
+    rows = {
+        "all": rows,
+        "no PPO": rows[rows.algorithm != report.PPO],
+        "no random": rows[rows.algorithm != "random"],
+        "one": rows[(rows.algorithm == report.BLPO) & (rows.env_id == "Hopper-v5") & (rows.seed == 0)],
+        "fewer seeds": rows[(rows.env_id != "Hopper-v5") | (rows.seed < 1)],
+    }[left]
+    variant = rows[rows.algorithm == report.BLPO].assign(algorithm="BLPO, variant")
+    none = variant.assign(algorithm=report.NONE)
+    path = tmp_path / "returns.csv"
+    pd.concat([rows, variant, none]).to_csv(path, index=False)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    monkeypatch.setattr(report, "N_DRAWS", 100)
+    report.main()
+    text = (tmp_path / "report.md").read_text()
+    assert capsys.readouterr().out == text + "\n"
+    assert "| Hopper-v5, 10k | BLPO |" in text and "nan" not in text
+    assert "commit: 12e4567\n" in text
+    assert ("## Differences to BLPO none" in text) and ("no normalised score: " in text) == (left in ("no random", "one"))
+    figures = {"returns_curves.png", "returns_summary.png"} | (
+        {"returns_ablation.png"} if left in ("all", "fewer seeds") else set()
+    )
+    assert {file.name for file in tmp_path.glob("*.png")} == figures
+
+
+# The ablation's variants
+
+
+def model(algorithm, **kwargs):
+    env = make_vec_env("CartPole-v1", 2, seed=0)
+    kwargs = {"n_steps": 64, "batch_size": 32, "n_epochs": 1, "n_critic_updates": 2, "seed": 0} | kwargs
+    return algorithm("MlpPolicy", env, **kwargs)
+
+
+def test_rollout_advantages(monkeypatch):
+    """What the leader takes are SB3's advantages, although the critic has moved on."""
+    taken, advantages = [], ablation.SegmentOfRollout.advantages
+    monkeypatch.setattr(
+        ablation.SegmentOfRollout, "advantages", lambda self, values: taken.append(advantages(self, values)) or taken[-1]
+    )
+    variant = model(ablation.RolloutAdvantages, ihvp_solver="none").learn(128)
+    theirs = variant.rollout_buffer.advantages
+    assert len(taken) == 4
+    np.testing.assert_allclose(np.sort(th.cat(taken)), np.sort(theirs.flatten()), rtol=1e-4, atol=1e-5)
+
+
+def test_larger_step():
+    """The same direction as "none", and a rate of (1 + 1) times its own where the correction is capped at 1."""
+    rates = []
+
+    class Watched(ablation.LargerStep):
+        def _hypergradient(self, *args, **kwargs):
+            leader = super()._hypergradient(*args, **kwargs)
+            rates.append((self.policy.optimizer.param_groups[0]["lr"], float(leader.stats["correction_ratio"])))
+            return leader
+
+    steps = []
+    for algorithm, solver in ((BLPO, "none"), (Watched, "nystrom")):
+        variant = model(algorithm, ihvp_solver=solver, batch_size=128)
+        before = th.nn.utils.parameters_to_vector(variant.actor.parameters)
+        steps.append(th.nn.utils.parameters_to_vector(variant.learn(128).actor.parameters) - before)
+    ((rate, ratio),) = rates
+    assert ratio > 0 and rate == pytest.approx(3e-4 * (1 + min(ratio, 1)))
+    th.testing.assert_close(steps[1], steps[0] * rate / 3e-4, rtol=1e-3, atol=1e-7)
+
+
+def test_constant_u_and_no_curvature():
+    from sb3_blpo.curvature import GramGaussNewton
+
+    class Rows:
+        """J = the identity."""
+
+        values = th.zeros(3)
+
+        def Jt_w(self, w):
+            return w
+
+        J_v = Jt_w
+
+    system = GramGaussNewton(Rows(), th.tensor([1.0, 2.0, 3.0]), 2, whole=False)
+    solution = model(ablation.NoCurvature).solver.solve(system, th.tensor(0.5))
+    assert system.to_values(solution.x).tolist() == [2, 4] and solution.ok
+    constant = model(ablation.ConstantU, gamma=0.9, gae_lambda=0.8).solver.solve(system, th.tensor(0.5))
+    assert constant.values.tolist() == pytest.approx([0.9 * 0.2 / (2 * 0.28)] * 2) and constant.ok
+
+
+@pytest.mark.parametrize("name", [name for name in run.ALGORITHMS if name.startswith("BLPO")])
+def test_variants_train(name, tmp_path):
+    rows = run.train(cell(name, n_timesteps=64, n_evaluations=1), tmp_path)
+    assert [row.step for row in rows] == [64] and {row.algorithm for row in rows} == {name}
