@@ -40,7 +40,9 @@ class Environment:
 
     def __init__(self, folder: Path, wheel: Path, extras: str = "", others: tuple[str, ...] = (), without: str = "") -> None:
         venv.create(folder)
-        paths = sysconfig.get_paths("venv", vars={"base": str(folder), "platbase": str(folder)})
+        # Python 3.10 has no name of its own for what every virtual environment looks like
+        scheme = "venv" if "venv" in sysconfig.get_scheme_names() else sysconfig.get_preferred_scheme("prefix")
+        paths = sysconfig.get_paths(scheme, vars={"base": str(folder), "platbase": str(folder)})
         self.scripts, self.site_packages = Path(paths["scripts"]), Path(paths["purelib"])
         self.pip("install", "--no-deps", "--no-index", str(wheel))
 
