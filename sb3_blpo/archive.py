@@ -75,7 +75,7 @@ def check_saved_by_blpo(path: str | Path | io.BufferedIOBase) -> None:
         try:
             with zipfile.ZipFile(file) as archive:
                 names = archive.namelist()
-                damaged = archive.testzip() if "critic_optimizer.pth" in names else None
+                damaged = _first_damaged(archive) if "critic_optimizer.pth" in names else None
         except Exception as error:  # Damage shows in many ways: BadZipFile, EOFError, NotImplementedError, zlib.error, ...
             raise ValueError(f"`{path}` wasn't a zip-file, or is a damaged one: {error}.") from error
         finally:
@@ -87,3 +87,14 @@ def check_saved_by_blpo(path: str | Path | io.BufferedIOBase) -> None:
             raise ValueError(f"`{path}` is not a saved model, or only part of one: there is no `{name}` in it.")
     if "critic_optimizer.pth" not in names:
         raise foreign(f"`{path}` was")
+
+
+def _first_damaged(archive: zipfile.ZipFile) -> str | None:
+    for member in archive.infolist():
+        try:
+            content = archive.read(member)
+        except zipfile.BadZipFile:
+            return member.filename
+        if len(content) != member.file_size:  # A size that is too large is not noticed on reading
+            return member.filename
+    return None

@@ -149,12 +149,21 @@ def flipped() -> bytes:
     return bytes(content)
 
 
+def resized() -> bytes:
+    """The directory, at the end, promises more of one member than there is."""
+    content = bytearray(saved(small()))
+    name = content.rindex(b"critic_optimizer.pth")
+    content[name - 20] ^= 1  # third byte of its size
+    return bytes(content)
+
+
 FOREIGN: dict[str, tuple[Any, str]] = {
     "empty": (bytes, "wasn't a zip-file, or is a damaged one"),
     "text": (lambda: b"data,policy.pth\n1,2\n", "wasn't a zip-file, or is a damaged one"),
     "pickle": (lambda: pickle.dumps({"policy": 1}), "wasn't a zip-file, or is a damaged one"),
     "truncated": (lambda: saved(small())[:-5000], "wasn't a zip-file|only part of one"),
     "flipped bit": (flipped, "is damaged: `critic_optimizer.pth` in it is not what was saved"),
+    "resized": (resized, "is damaged: `critic_optimizer.pth` in it is not what was saved"),
     "zip": (foreign_zip, "is not a saved model, or only part of one: there is no `data` in it"),
     "torch": (torch_file, "is not a saved model, or only part of one: there is no `data` in it"),
     "SAC": (
