@@ -40,7 +40,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(401)
         elif self.path == "/api/repos/create":
             repository = "{organization}/{name}".format(**json.loads(body))
-            self.server.files.setdefault(repository, {})
+            # No repository of the Hub is empty
+            self.server.files.setdefault(repository, {".gitattributes": b""})
             self._answer_json({"url": f"{self.server.url}/{repository}"})
         elif self.path == "/api/validate-yaml":
             self._answer_json({"errors": [], "warnings": []})

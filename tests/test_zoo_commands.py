@@ -291,7 +291,7 @@ def test_without_the_zoo(wheel, tmp_path):
     code = (
         "import sb3_blpo; print(sb3_blpo.BLPO('MlpPolicy', 'CartPole-v1', n_steps=64, batch_size=64).learn(64).num_timesteps)"
     )
-    process = environment.run("-W", "error", "-c", code, cwd=tmp_path)
+    process = environment.run("-W", "error::RuntimeWarning", "-c", code, cwd=tmp_path)
     assert (process.stdout, process.stderr) == ("64\n", "")
     for explicit in (False, True):
         process = Zoo(environment, tmp_path, explicit).run("train", *BLPO_ON_CARTPOLE)
