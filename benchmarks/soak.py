@@ -96,13 +96,16 @@ def soak(task: Task) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Long runs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    seeds = parser.parse_args().seeds
     th.set_num_threads(1)
     done = []
     if RESULTS.exists():
         with RESULTS.open() as file:
             done = [(row["env_id"], row["seed"], row["n_timesteps"], row["rates"]) for row in csv.DictReader(file)]
     for task in TASKS:
-        if tuple(map(str, task)) not in done:
+        if task.seed in seeds and tuple(map(str, task)) not in done:
             line = soak(task)
             with RESULTS.open("a", newline="") as file:
                 writer = csv.DictWriter(file, line)
