@@ -40,6 +40,9 @@ DEVIATIONS: dict[str, dict[str, str]] = {
     "A2C": {},
 }
 
+# SB3's tests of wall time: on a busy machine they may fail whatever the algorithm
+TIMED = ("tests/test_logger.py::test_fps_logger",)
+
 
 def stand_in(replaced: type[OnPolicyAlgorithm], built: Callable[[list[str]], None]) -> type[BLPO]:
     """
@@ -149,6 +152,8 @@ class Conformance:
         items[:] = kept
         deviations = DEVIATIONS[self.name]
         for item in items:
+            if item.nodeid.startswith(TIMED):
+                item.add_marker(pytest.mark.flaky(reruns=5))
             if item.nodeid in deviations:
                 # An error is no deviation
                 raises = (AssertionError, pytest.fail.Exception)
@@ -168,6 +173,8 @@ class Conformance:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties = dict(report.user_properties)
+        if report.outcome == "rerun":
+            return
         if report.when == "call":
             if dropped := properties["dropped"]:
                 self.dropped_by_test[report.nodeid] = str(dropped)
