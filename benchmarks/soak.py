@@ -40,7 +40,7 @@ class Task(NamedTuple):
 
 TASKS = [
     *(Task(env_id, seed, 2_000_000, 1.0) for seed in (0, 1, 2) for env_id in ("CartPole-v1", "Hopper-v5")),
-    *(Task("Pendulum-v1", seed, 200_000, 30.0) for seed in (0, 1, 2)),
+    *(Task("Pendulum-v1", seed, 2_000_000, 30.0) for seed in (0, 1, 2)),
 ]
 
 
