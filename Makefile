@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Small networks: more threads would only wait for each other
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test slow conformance zoo fuzz soak mutation results lint
+.PHONY: train test slow conformance zoo fuzz soak mutation results ablation lint
 
 train: $(INSTALLED)
 	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
@@ -47,6 +47,11 @@ mutation: $(INSTALLED)
 # Returns beside PPO's, 5 seeds of 6 tasks. About 3 core-hours; a killed run goes on where it was
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage stage1
+	$(BIN)/python benchmarks/report.py
+
+# What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 4 core-hours; a killed run goes on where it was
+ablation: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py --stage ablation
 	$(BIN)/python benchmarks/report.py
 
 lint: $(INSTALLED)

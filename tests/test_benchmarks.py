@@ -250,6 +250,13 @@ def test_changed_hyperparameters(trained, tmp_path, capsys):
     assert len(run.read(path)) == 4
 
 
+def test_changed_default_of_the_solver(monkeypatch):
+    before = [run.config_of(cell(name)) for name in ("BLPO", "BLPO none", "PPO (tuned)")]
+    monkeypatch.setitem(run.IHVP_DEFAULTS, "rank", 3)
+    after = [run.config_of(cell(name)) for name in ("BLPO", "BLPO none", "PPO (tuned)")]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [False, True, True]
+
+
 def test_failed_cell(trained, tmp_path):
     path = tmp_path / "returns.csv"
     assert run.run([cell(seed=13), cell()], path, 1) == 1
@@ -401,6 +408,43 @@ def test_as_rliable():
     assert better == pytest.approx(metrics.probability_of_improvement(scores, others))
 
 
+def test_groups():
+    longer, acrobot, lander = (
+        report.Task(*task) for task in (("Hopper-v5", 20_000), ("Acrobot-v1", 5), ("LunarLander-v3", 6))
+    )
+    assert report.groups([longer, HOPPER, CARTPOLE, acrobot, lander]) == {
+        "MuJoCo, 20k": [longer],
+        "MuJoCo, 10k": [HOPPER],
+        "tasks that saturate": [CARTPOLE, acrobot],
+        "all": [HOPPER, CARTPOLE, acrobot, lander],
+    }
+
+
+def test_smallest_visible():
+    """A t test at 5 % finds that difference in four of five cases."""
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(2, 20_000, 5))
+    # The bootstrap's standard error of the difference of two means of five, were their standard deviation known to be 1
+    error = np.sqrt(2 / 5 * 4 / 5)
+    shift = float(report.visible(report.Estimate(0, 0, 0, error), [5, 5]))
+    assert (stats.ttest_ind(x + shift, y, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.05)
+    assert report.visible(report.Estimate(0, 0, 0, error), [5, 1]) == ""
+
+
+def test_difference_in_returns(results):
+    found = report.differences(results, report.PPO)
+    assert "| BLPO | Hopper-v5, 10k | 12.5 [" in found and "| BLPO | CartPole-v1, 10k | 25.5 [" in found
+    assert "| BLPO | all | " in found
+
+
+def test_other_hyperparameters_are_not_pooled():
+    rows = table({(report.BLPO, *HOPPER): flat(1, 2)})
+    rows.loc[rows.seed == 1, "config"] = "y"
+    with pytest.raises(ValueError, match="BLPO on Hopper-v5 has runs with different hyperparameters"):
+        report.Results(rows)
+
+
 @pytest.mark.parametrize("left", ["all", "no PPO", "no random", "one", "fewer seeds"])
 def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     rows = results.table
@@ -423,9 +467,7 @@ def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     assert "| Hopper-v5, 10k | BLPO |" in text and "nan" not in text
     assert "commit: 12e4567\n" in text
     assert ("## Differences to BLPO none" in text) and ("no normalised score: " in text) == (left in ("no random", "one"))
-    figures = {"returns_curves.png", "returns_summary.png"} | (
-        {"returns_ablation.png"} if left in ("all", "fewer seeds") else set()
-    )
+    figures = {"returns_curves.png", "returns_summary.png", "returns_ablation.png"}
     assert {file.name for file in tmp_path.glob("*.png")} == figures
 
 
