@@ -388,7 +388,8 @@ def visible(found: Estimate, n_runs: Sequence[int]) -> str:
         return ""
     freedom = sum(n_runs) - len(n_runs)
     error = found.error * np.sqrt(sum(n_runs) / freedom)  # the bootstrap divides by n, not by n - 1
-    return f"{error * (stats.t.ppf(0.975, freedom) + stats.t.ppf(0.8, freedom)):.2g}"
+    smallest = error * (stats.t.ppf(0.975, freedom) + stats.t.ppf(0.8, freedom))
+    return f"{float(f'{smallest:.2g}'):g}"
 
 
 def differences(results: Results, other: str) -> str:
