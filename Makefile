@@ -35,7 +35,7 @@ zoo: $(INSTALLED)
 fuzz: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --hypothesis-profile fuzz tests/test_random_faults.py tests/test_fuzz.py
 
-# Millions of steps: no NaN, memory flat. About an hour; a killed run goes on where it was
+# Millions of steps: no NaN, memory flat. More than two hours; a killed run goes on where it was
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py
 

@@ -20,6 +20,7 @@ import run
 import torch as th
 import yaml
 from rl_zoo3.utils import ALGOS
+from scipy import stats
 from stable_baselines3 import PPO
 from stable_baselines3.common import callbacks
 from stable_baselines3.common.env_util import make_vec_env
@@ -422,7 +423,6 @@ def test_groups():
 
 def test_smallest_visible():
     """A t test at 5 % finds that difference in four of five cases."""
-    stats = pytest.importorskip("scipy.stats")
     generator = np.random.default_rng(0)
     x, y = generator.normal(size=(2, 20_000, 5))
     # The bootstrap's standard error of the difference of two means of five, were their standard deviation known to be 1
