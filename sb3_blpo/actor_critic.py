@@ -14,18 +14,20 @@ from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
     DiagGaussianDistribution,
+    Distribution,
     MultiCategoricalDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution as TorchDistribution
 from torch.nn import functional as F
 from torch.nn.modules import activation
 
 from sb3_blpo.chain import Chain
 from sb3_blpo.checks import not_finite
+from sb3_blpo.distributions import Bernoulli, Categorical, DiagGaussian, MultiCategorical, WrittenOut
 from sb3_blpo.jacobian import ChainJacobian, FunctionalJacobian, Jacobian, LayerJacobian
 
 #: Activations that act on every element by itself and have no parameters
@@ -36,10 +38,13 @@ ELEMENTWISE = (
     activation.Softshrink, activation.Hardshrink, activation.Tanhshrink, nn.Identity,
 )  # fmt: skip
 
-#: Distributions of the actor's outputs, and at most of log_std
-DISTRIBUTIONS = (
-    DiagGaussianDistribution, CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution,
-)  # fmt: skip
+#: SB3's distributions of the actor's outputs, and at most of log_std, and how each is made written out
+WRITTEN_OUT: dict[type[Any], Callable[[ActorCriticPolicy, th.Tensor], WrittenOut]] = {
+    DiagGaussianDistribution: lambda policy, outputs: DiagGaussian(outputs, policy.log_std.detach()),
+    CategoricalDistribution: lambda policy, outputs: Categorical(outputs),
+    MultiCategoricalDistribution: lambda policy, outputs: MultiCategorical(outputs, policy.action_dist.action_dims),  # type: ignore[attr-defined]
+    BernoulliDistribution: lambda policy, outputs: Bernoulli(outputs),
+}
 
 #: What combines them
 CONTAINERS = (nn.Sequential, nn.ModuleDict, FlattenExtractor, NatureCNN, CombinedExtractor)
@@ -163,7 +168,7 @@ class Critic(nn.Module):
         if self.chain is not None:
             tape = self.chain.tape(flat_features(self.policy, observations))
             residuals = tape.outputs - returns[:, None]
-            return residuals.square().mean(), th.cat(tape.gradient(residuals * (2 / len(returns))))
+            return residuals.square().mean(), th.cat(tape.gradient(tape.signals(residuals * (2 / len(returns)))))
         loss = F.mse_loss(self(observations), returns)
         gradients = th.autograd.grad(loss, list(self.trainable.values()), allow_unused=True, materialize_grads=True)
         return loss.detach(), th.cat([gradient.flatten() for gradient in gradients])
@@ -309,7 +314,7 @@ class Actor:
         self.acts_as_sb3 = _is_sb3(policy, "forward", "get_distribution", "predict_values")
         self.chain: Chain | None = None
         plain = _is_sb3(policy, "get_distribution", "_get_action_dist_from_latent")
-        if plain and type(policy.mlp_extractor) is MlpExtractor and type(policy.action_dist) in DISTRIBUTIONS:
+        if plain and type(policy.mlp_extractor) is MlpExtractor and type(policy.action_dist) in WRITTEN_OUT:
             chain = chain_of(policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
             own = [policy.log_std] if type(policy.action_dist) is DiagGaussianDistribution else []
             wanted = [] if chain is None else [*own, *chain.parameters()]
@@ -325,9 +330,13 @@ class Actor:
         :return: The same actions (n, ...), NaN for the values (n, 1), the same log-probabilities (n,)
         :raises ValueError: If a log-probability is not finite
         """
-        distribution = self.policy.get_distribution(observations)
+        distribution: WrittenOut | Distribution
+        if self.chain is not None:
+            distribution = self._distribution(self.chain(flat_features(self.policy, observations)))
+        else:
+            distribution = self.policy.get_distribution(observations)
         try:
-            actions = distribution.get_actions(deterministic=deterministic)
+            actions = distribution.mode() if deterministic else distribution.sample()
             log_prob = distribution.log_prob(actions)
         except RuntimeError as error:  # of multinomial()
             raise not_finite("probabilities of actions") from error
@@ -347,28 +356,28 @@ class Actor:
         distribution = self.policy.get_distribution(observations)
         return likelihood(self.parameters, distribution.log_prob(actions), distribution.entropy())
 
+    @th.no_grad()
     def _chain_likelihood(self, chain: Chain, observations: PyTorchObs, actions: th.Tensor) -> ActionLikelihood:
-        """The same, with automatic differentiation for no more than the distribution."""
-        policy = self.policy
-        tape = chain.tape(flat_features(policy, observations))
-        arguments = [tape.outputs.requires_grad_()]
-        if type(policy.action_dist) is DiagGaussianDistribution:
-            # One for each row, so that each row has its own derivative
-            arguments.append(policy.log_std.detach().expand_as(tape.outputs).requires_grad_())
-        # A copy: a policy that keeps a distribution with a graph cannot be copied
-        distribution = copy.copy(policy.action_dist).proba_distribution(*arguments)
-        log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
-        assert entropy is not None
-        by_arguments = th.autograd.grad(log_prob.sum(), arguments, retain_graph=True)
+        """The same without automatic differentiation."""
+        tape = chain.tape(flat_features(self.policy, observations))
+        distribution = self._distribution(tape.outputs)
+
+        def differentiate(slopes: list[th.Tensor]) -> Callable[[th.Tensor], th.Tensor]:
+            by_outputs, *by_log_std = slopes
+            signals = tape.signals(by_outputs)
+            return lambda weights: th.cat([weights @ part for part in by_log_std] + tape.gradient(signals, weights))
+
+        # Both gradients of a minibatch share one pass back
+        of_log_prob = differentiate(distribution.log_prob_slopes(actions))
 
         def gradient(by_log_prob: th.Tensor, by_entropy: th.Tensor | None) -> th.Tensor:
-            by_output, *by_log_std = [by_log_prob[:, None] * part for part in by_arguments]
-            if by_entropy is not None:
-                entropy_by = th.autograd.grad(entropy, arguments, by_entropy, retain_graph=True, materialize_grads=True)
-                by_output, *by_log_std = [a + b for a, b in zip([by_output, *by_log_std], entropy_by, strict=True)]
-            return th.cat([part.sum(dim=0) for part in by_log_std] + tape.gradient(by_output))
+            direct = of_log_prob(by_log_prob)
+            return direct if by_entropy is None else direct + differentiate(distribution.entropy_slopes())(by_entropy)
 
-        return ActionLikelihood(log_prob.detach(), entropy.detach(), gradient)
+        return ActionLikelihood(distribution.log_prob(actions), distribution.entropy(), gradient)
+
+    def _distribution(self, outputs: th.Tensor) -> WrittenOut:
+        return WRITTEN_OUT[type(self.policy.action_dist)](self.policy, outputs)
 
 
 @contextlib.contextmanager
@@ -379,12 +388,12 @@ def without_validation() -> Iterator[None]:
 
     :return: A context manager
     """
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
+    before = TorchDistribution._validate_args
+    TorchDistribution.set_default_validate_args(False)
     try:
         yield
     finally:
-        Distribution.set_default_validate_args(before)
+        TorchDistribution.set_default_validate_args(before)
 
 
 def _is_sb3(policy: ActorCriticPolicy, *methods: str) -> bool:

@@ -29,7 +29,6 @@ class Tape(NamedTuple):
     inputs: list[th.Tensor]
     pullbacks: list[list[Callable[[th.Tensor], th.Tensor]]]
 
-    @th.no_grad()
     def signals(self, by_outputs: th.Tensor) -> list[th.Tensor]:
         """
         :param by_outputs: Derivatives of a sum over the rows, by the outputs (n_rows, n_out)
@@ -42,20 +41,21 @@ class Tape(NamedTuple):
                 signal = pullback(signal)
             signals.append(signal)
             if i > 0:
-                signal = signal @ self.layers[i].weight
+                signal = signal @ self.layers[i].weight.detach()
         return signals[::-1]
 
-    @th.no_grad()
-    def gradient(self, by_outputs: th.Tensor) -> list[th.Tensor]:
+    def gradient(self, signals: list[th.Tensor], weights: th.Tensor | None = None) -> list[th.Tensor]:
         """
-        :param by_outputs: Derivatives of a sum over the rows, by the outputs (n_rows, n_out)
-        :return: Its gradients by the chain's parameters, flattened
+        :param signals: What :meth:`signals` returns
+        :param weights: Of the rows in the sum (n_rows,); ``None``: all 1
+        :return: The sum's gradients by the chain's parameters, flattened
         """
         gradients = []
-        for layer, h, signal in zip(self.layers, self.inputs, self.signals(by_outputs), strict=True):
-            gradients.append((signal.T @ h).flatten())
+        for layer, h, signal in zip(self.layers, self.inputs, signals, strict=True):
+            weighted = signal if weights is None else signal * weights[:, None]
+            gradients.append((weighted.T @ h).flatten())
             if layer.bias is not None:
-                gradients.append(signal.sum(dim=0))
+                gradients.append(weighted.sum(dim=0))
         return gradients
 
 

@@ -21,6 +21,7 @@ OWN_TESTS = {
     "hypergradient": "hypergradient",
     "jacobian": "jacobian",
     "chain": "jacobian",
+    "distributions": "distributions",
     "curvature": "ihvp",
     "ihvp": "ihvp",
 }

@@ -90,9 +90,11 @@ def test_chains_are_differentiated_as_by_autograd(activation):
     tape = Chain(list(body)).tape(inputs)
     outputs = body(inputs)
     th.testing.assert_close(tape.outputs, outputs.detach(), rtol=1e-12, atol=1e-12)
-    expected = th.autograd.grad(outputs, list(body.parameters()), by_outputs)
-    for actual, wanted in zip(tape.gradient(by_outputs), expected, strict=True):
-        th.testing.assert_close(actual, wanted.flatten(), rtol=1e-10, atol=1e-12)
+    signals, weights = tape.signals(by_outputs), th.randn(7, dtype=th.float64)
+    for arguments, total in [((), by_outputs), ((weights,), by_outputs * weights[:, None])]:
+        expected = th.autograd.grad(outputs, list(body.parameters()), total, retain_graph=True)
+        for actual, wanted in zip(tape.gradient(signals, *arguments), expected, strict=True):
+            th.testing.assert_close(actual, wanted.flatten(), rtol=1e-10, atol=1e-12)
 
 
 def test_hutchinson_is_unbiased():
