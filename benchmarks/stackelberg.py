@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_blpo.actor_critic import likelihood
-from sb3_blpo.gae import DiscountedSum
+from sb3_blpo.gae import DiscountedSum, LambdaReturn
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solver
 from sb3_blpo.jacobian import LayerJacobian
@@ -87,7 +87,8 @@ def segment_of(
     none = th.zeros(0, dtype=th.long)
     with th.no_grad():
         log_prob, values = policy.log_prob(actions), critic(observations).flatten()
-    segment = Segment(observations, actions, log_prob, values, rewards, done, None, none, gamma, gae_lambda, U)
+    lambda_return = LambdaReturn(rewards, done, None, gamma, gae_lambda, U)
+    segment = Segment(observations, actions, log_prob, values, rewards, done, None, none, gamma, gae_lambda, lambda_return)
     return segment._replace(returns=segment.advantages(values) + values[: len(actions)])
 
 

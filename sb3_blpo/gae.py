@@ -73,71 +73,69 @@ class DiscountedSum:
         return _scan(w, self.keep.roll(1, 0))
 
 
-def advantages(
-    rewards: th.Tensor,
-    values: th.Tensor,
-    last_values: th.Tensor,
-    last_returns: th.Tensor | None,
-    terminal_values: th.Tensor,
-    done: th.Tensor,
-    gamma: float,
-    U: DiscountedSum,
-) -> th.Tensor:
-    """
-    GAE (Schulman et al., arXiv 1506.02438) of a block of consecutive steps: the lambda-return Q_t less the value V_t, where
-    Q_t = r_t + gamma (1 - d_t) [(1 - lambda) V_{t+1} + lambda Q_{t+1}] + gamma V(s+), s+ being the terminal observation of a
-    truncated step.
-
-    :param rewards: r_t, without any bootstrap value (n_steps, n_envs)
-    :param values: V(s_t) (n_steps, n_envs)
-    :param last_values: V of the state after the last step (n_envs,)
-    :param last_returns: Q of that state where the block ends inside a rollout (n_envs,); ``None`` at the rollout's end,
-        where Q is V
-    :param terminal_values: V of the terminal observation where the step was truncated, else 0 (n_steps, n_envs)
-    :param done: 1 where the step ended the episode, else 0 (n_steps, n_envs)
-    :param gamma: Discount factor, in [0, 1]
-    :param U: The discounted sum with gamma * lambda
-    :return: Advantages (n_steps, n_envs)
-    """
-    next_values = th.cat([values[1:], last_values[None]])
-    delta = rewards + gamma * ((1 - done) * next_values + terminal_values) - values
-    if last_returns is not None:
-        tail = U.keep[-1] * (last_returns - last_values)
-        delta = th.cat([delta[:-1], (delta[-1] + tail)[None]])
-    return U(delta)
-
-
 class ValueCoefficients(NamedTuple):
     """
-    Derivatives by the values that :func:`advantages` bootstraps from.
+    Derivatives by the values that :class:`LambdaReturn` bootstraps from.
 
-    :param values: By V(s_t) (n_steps, n_envs)
-    :param last_values: By V of the state after the last step (n_envs,)
+    :param next_values: By V(s_{t+1}) (n_steps, n_envs)
     :param terminal_values: By V of the terminal observations, meaningful where the step was truncated (n_steps, n_envs)
     """
 
-    values: th.Tensor
-    last_values: th.Tensor
+    next_values: th.Tensor
     terminal_values: th.Tensor
 
 
-def return_gradient(
-    weights: th.Tensor, done: th.Tensor, gamma: float, gae_lambda: float, U: DiscountedSum, inside_rollout: bool
-) -> ValueCoefficients:
+class LambdaReturn:
     """
-    Differentiate sum_t weights_t Q_t, Q_t the lambda-returns of :func:`advantages`, by the values they bootstrap from. The
-    baseline V_t that turns a lambda-return into an advantage takes no part.
+    The lambda-returns of a block of consecutive steps, from which Generalized Advantage Estimation (Schulman et al.,
+    arXiv 1506.02438) subtracts the values V(s_t). They are affine in the values that they bootstrap from,
 
-    :param weights: (n_steps, n_envs)
-    :param done: As in :func:`advantages` (n_steps, n_envs)
+    Q_t = r_t + gamma (1 - d_t) [(1 - lambda) V_{t+1} + lambda Q_{t+1}] + gamma V(s+),
+    Q = U (r + c V_next + gamma V(s+)),   c_t = gamma (1 - lambda) (1 - d_t),
+
+    s+ being the terminal observation of a truncated step. What does not depend on values is computed here, once.
+
+    :param rewards: r_t, without any bootstrap value (n_steps, n_envs)
+    :param done: d_t, 1 where the step ended the episode, else 0 (n_steps, n_envs)
+    :param last_returns: Q of the state after the last step where the block ends inside a rollout, held fixed (n_envs,);
+        ``None`` at the rollout's end, where Q is V
     :param gamma: Discount factor, in [0, 1]
     :param gae_lambda: Trade-off of bias and variance, in [0, 1]
     :param U: The discounted sum with gamma * lambda
-    :param inside_rollout: Whether the block ends inside the rollout, where Q of the state that follows is held fixed
-    :return: The coefficients c of the gradient sum_j c_j grad V(s_j)
     """
-    z = U.adjoint(weights)
-    by_next = gamma * (1 - done) * z
-    last = by_next[-1] * (1 - gae_lambda) if inside_rollout else by_next[-1]
-    by_values = th.cat([th.zeros_like(z[:1]), (1 - gae_lambda) * by_next[:-1]])
-    return ValueCoefficients(by_values, last, gamma * z)
+
+    def __init__(
+        self,
+        rewards: th.Tensor,
+        done: th.Tensor,
+        last_returns: th.Tensor | None,
+        gamma: float,
+        gae_lambda: float,
+        U: DiscountedSum,
+    ) -> None:
+        self.gamma, self.U = gamma, U
+        going_on = gamma * (1 - done)
+        self.r, self.c = rewards.clone(), (1 - gae_lambda) * going_on
+        if last_returns is None:
+            self.c[-1] = going_on[-1]
+        else:
+            self.r[-1] += gae_lambda * going_on[-1] * last_returns
+
+    def __call__(self, next_values: th.Tensor, terminal_values: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param next_values: V(s_{t+1}) (n_steps, n_envs)
+        :param terminal_values: V(s+) where the step was truncated, else 0 (n_steps, n_envs); ``None``: 0
+        :return: Q (n_steps, n_envs)
+        """
+        x = th.addcmul(self.r, self.c, next_values)
+        return self.U(x if terminal_values is None else x + self.gamma * terminal_values)
+
+    def gradient(self, weights: th.Tensor) -> ValueCoefficients:
+        """
+        Differentiate sum_t weights_t Q_t. The baseline V_t that turns a lambda-return into an advantage takes no part.
+
+        :param weights: (n_steps, n_envs)
+        :return: The coefficients of the gradient sum_j c_j grad V(s_j)
+        """
+        z = self.U.adjoint(weights)
+        return ValueCoefficients(self.c * z, self.gamma * z)

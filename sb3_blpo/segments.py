@@ -65,7 +65,7 @@ class Segment(NamedTuple):
     :param truncated: Flat indices of the truncated steps (n_truncated,)
     :param gamma: Discount factor
     :param gae_lambda: Factor of GAE
-    :param U: The discounted sum along the segment's time
+    :param lambda_return: The lambda-returns as a function of the values of :attr:`observations`
     """
 
     observations: PyTorchObs
@@ -78,7 +78,7 @@ class Segment(NamedTuple):
     truncated: th.Tensor
     gamma: float
     gae_lambda: float
-    U: gae.DiscountedSum
+    lambda_return: gae.LambdaReturn
 
     @property
     def n_transitions(self) -> int:
@@ -95,19 +95,12 @@ class Segment(NamedTuple):
         :param values: Of :attr:`observations` under the current critic
         :return: Advantages under that critic (N,)
         """
-        n_envs = self.rewards.shape[1]
-        states, last, terminal = values.split([self.n_transitions, n_envs, len(self.truncated)])
-        terminal_values = th.zeros_like(states).index_copy(0, self.truncated, terminal)
-        return gae.advantages(
-            self.rewards,
-            states.view_as(self.rewards),
-            last,
-            self.last_returns,
-            terminal_values.view_as(self.rewards),
-            self.done,
-            self.gamma,
-            self.U,
-        ).flatten()
+        n, n_envs = self.n_transitions, self.rewards.shape[1]
+        next_values = values[n_envs : n + n_envs].view_as(self.rewards)
+        terminal_values = None
+        if len(self.truncated):
+            terminal_values = values.new_zeros(n).index_copy(0, self.truncated, values[n + n_envs :]).view_as(self.rewards)
+        return self.lambda_return(next_values, terminal_values).flatten() - values[:n]
 
     def return_gradient(self, weights: th.Tensor) -> th.Tensor:
         """
@@ -116,10 +109,9 @@ class Segment(NamedTuple):
         :param weights: (N,)
         :return: c, one for each of :attr:`observations`
         """
-        by = gae.return_gradient(
-            weights.view_as(self.rewards), self.done, self.gamma, self.gae_lambda, self.U, self.last_returns is not None
-        )
-        return th.cat([by.values.flatten(), by.last_values, by.terminal_values.flatten()[self.truncated]])
+        by = self.lambda_return.gradient(weights.view_as(self.rewards))
+        first = weights.new_zeros(self.rewards.shape[1])  # no lambda-return bootstraps from the first states
+        return th.cat([first, by.next_values.flatten(), by.terminal_values.flatten()[self.truncated]])
 
     def trace(self, x: th.Tensor) -> th.Tensor:
         """
@@ -128,7 +120,7 @@ class Segment(NamedTuple):
         :param x: (N,)
         :return: e (N,)
         """
-        return self.U.adjoint(x.view_as(self.rewards)).flatten()
+        return self.lambda_return.U.adjoint(x.view_as(self.rewards)).flatten()
 
 
 class Rollout:
@@ -198,20 +190,22 @@ class Rollout:
             following = each(lambda obs: obs[envs], self.last_observation)
         truncations = [t for t in self.truncations if steps.start <= t.step < steps.stop and envs.start <= t.env < envs.stop]
         width = envs.stop - envs.start
+        rewards, done = self.rewards[steps, envs], self.done[steps, envs]
+        last_returns = self.returns[steps.stop, envs] if inside_rollout else None
+        discounts = self.gamma, self.gae_lambda
         return Segment(
             each(_join, states, following, *(t.observation for t in truncations)),
             self.actions[steps, envs].flatten(0, 1),
             self.old_log_prob[steps, envs].flatten(),
             self.returns[steps, envs].flatten(),
-            self.rewards[steps, envs],
-            self.done[steps, envs],
-            self.returns[steps.stop, envs] if inside_rollout else None,
+            rewards,
+            done,
+            last_returns,
             th.tensor(
                 [(t.step - steps.start) * width + t.env - envs.start for t in truncations],
                 dtype=th.long,
                 device=self.rewards.device,
             ),
-            self.gamma,
-            self.gae_lambda,
-            gae.DiscountedSum(self.done[steps, envs], self.gamma * self.gae_lambda),
+            *discounts,
+            gae.LambdaReturn(rewards, done, last_returns, *discounts, gae.DiscountedSum(done, self.gamma * self.gae_lambda)),
         )

@@ -1,11 +1,11 @@
 """Small random problems in float64: a segment, a critic and an actor away from the rollout's policy."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
 
-from sb3_blpo.gae import DiscountedSum
+from sb3_blpo.gae import DiscountedSum, LambdaReturn
 from sb3_blpo.segments import Segment
 
 
@@ -19,19 +19,22 @@ def random_segment(T: int, B: int, n_features: int, inside_rollout: bool, genera
     done, truncated = ends < 0.2, ends < 0.1
     n_truncated = int(truncated.sum())
     N = T * B
-    return Segment(
+    of_transitions: dict[str, Any] = dict(
         observations=normal(N + B + n_truncated, n_features),
         actions=normal(N, 2),
         old_log_prob=normal(N),
         returns=normal(N),
+        truncated=truncated.flatten().nonzero().flatten(),
+    )
+    of_block: dict[str, Any] = dict(
         rewards=normal(T, B),
         done=done.double(),
         last_returns=normal(B) if inside_rollout else None,
-        truncated=truncated.flatten().nonzero().flatten(),
         gamma=0.97,
         gae_lambda=0.9,
-        U=DiscountedSum(done.double(), 0.97 * 0.9),
     )
+    U = DiscountedSum(done.double(), 0.97 * 0.9)
+    return Segment(**of_transitions, **of_block, lambda_return=LambdaReturn(**of_block, U=U))
 
 
 class GaussianActor(nn.Module):

@@ -81,14 +81,13 @@ def test_return_gradient_is_the_derivative_of_the_returns(inside_rollout, gae_la
     ends = th.rand(T, B, generator=generator)
     done, truncated = (ends < 0.3).double(), (ends < 0.15).double()
     inputs = [tensor.requires_grad_() for tensor in (V, last, terminal)]
-    baseline = V.detach()
     U = gae.DiscountedSum(done, gamma * gae_lambda)
-    advantages = gae.advantages(
-        rewards, V, last, last_returns if inside_rollout else None, terminal * truncated, done, gamma, U
-    )
-    # Q = A + V; the baseline is no part of the leader's objective
-    expected = th.autograd.grad((weights * (advantages + V - baseline)).sum(), inputs)
-    by = gae.return_gradient(weights, done, gamma, gae_lambda, U, inside_rollout)
-    th.testing.assert_close(by.values, expected[0], rtol=1e-12, atol=1e-12)
-    th.testing.assert_close(by.last_values, expected[1], rtol=1e-12, atol=1e-12)
+    Q = gae.LambdaReturn(rewards, done, last_returns if inside_rollout else None, gamma, gae_lambda, U)
+    returns = Q(th.cat([V[1:], last[None]]), terminal * truncated)
+    expected = th.autograd.grad((weights * returns).sum(), inputs)
+    by = Q.gradient(weights)
+    by_values = th.cat([th.zeros(1, B), by.next_values])
+    th.testing.assert_close(by_values[:-1], expected[0], rtol=1e-12, atol=1e-12)
+    th.testing.assert_close(by_values[-1], expected[1], rtol=1e-12, atol=1e-12)
     th.testing.assert_close(by.terminal_values * truncated, expected[2], rtol=1e-12, atol=1e-12)
+    th.testing.assert_close(Q(th.cat([V[1:], last[None]])), Q(th.cat([V[1:], last[None]]), 0 * terminal), rtol=0, atol=0)
