@@ -1,6 +1,7 @@
 """
 RL Zoo's ``-optimize`` within a schedule: the same arguments drawn for BLPO and for PPO with BLPO's schedule, and of BLPO
-those of its critic as well. Environments, rollouts, minibatches, epochs and normalisation stay those of the hyperparameter file.
+those of its critic as well. Environments, rollouts, minibatches, epochs and normalisation stay those of the hyperparameter
+file.
 
     python benchmarks/optimize.py -optimize --algo ppo --conf-file benchmarks/baselines/ppo_schedule.py --env Walker2d-v5 \
         --seed 100 -n 150000 --n-trials 16 --eval-episodes 10 --n-evaluations 10 --no-optim-plots
