@@ -18,7 +18,13 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    MlpExtractor,
+    NatureCNN,
+)
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.distributions import Distribution as TorchDistribution
@@ -154,7 +160,7 @@ class Critic(nn.Module):
         :return: Their values, without a graph (n,)
         """
         if self.chain is not None:
-            return self.chain.tape(flat_features(self.policy, observations)).outputs[:, 0]
+            return self.chain.tape(flat_features(self.policy, self.policy.vf_features_extractor, observations)).outputs[:, 0]
         return self(observations)
 
     def loss_and_gradient(self, observations: PyTorchObs, returns: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -166,7 +172,7 @@ class Critic(nn.Module):
         :return: The loss () and its gradient (n_params,)
         """
         if self.chain is not None:
-            tape = self.chain.tape(flat_features(self.policy, observations))
+            tape = self.chain.tape(flat_features(self.policy, self.policy.vf_features_extractor, observations))
             residuals = tape.outputs - returns[:, None]
             return residuals.square().mean(), th.cat(tape.gradient(tape.signals(residuals * (2 / len(returns)))))
         loss = F.mse_loss(self(observations), returns)
@@ -197,7 +203,7 @@ class Critic(nn.Module):
         :return: The values' Jacobian by the critic's parameters
         """
         if self.chain is not None:
-            return ChainJacobian(self.chain, flat_features(self.policy, observations))
+            return ChainJacobian(self.chain, flat_features(self.policy, self.policy.vf_features_extractor, observations))
         if self.layers is not None:
             return LayerJacobian(self, observations, self.layers)
 
@@ -242,16 +248,17 @@ def chain_of(extractor: nn.Module, *networks: nn.Module) -> Chain | None:
     return Chain(modules) if plain and type(extractor) is FlattenExtractor else None
 
 
-def flat_features(policy: ActorCriticPolicy, observations: PyTorchObs) -> th.Tensor:
+def flat_features(policy: ActorCriticPolicy, extractor: BaseFeaturesExtractor, observations: PyTorchObs) -> th.Tensor:
     """
-    :param policy: A policy whose features are the flattened observation
+    :param policy: The policy
+    :param extractor: The actor's or the critic's features extractor, which does no more than flatten
     :param observations: (n, ...)
     :return: The features (n, n_features)
     """
     if isinstance(observations, th.Tensor) and type(policy.observation_space) is spaces.Box and observations.ndim == 2:
         return observations.float()
     # The policy's own extract_features() would answer for both networks
-    return BasePolicy.extract_features(policy, observations, policy.vf_features_extractor)
+    return BasePolicy.extract_features(policy, observations, extractor)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -332,7 +339,9 @@ class Actor:
         """
         distribution: WrittenOut | Distribution
         if self.chain is not None:
-            distribution = self._distribution(self.chain(flat_features(self.policy, observations)))
+            distribution = self._distribution(
+                self.chain(flat_features(self.policy, self.policy.pi_features_extractor, observations))
+            )
         else:
             distribution = self.policy.get_distribution(observations)
         try:
@@ -359,7 +368,7 @@ class Actor:
     @th.no_grad()
     def _chain_likelihood(self, chain: Chain, observations: PyTorchObs, actions: th.Tensor) -> ActionLikelihood:
         """The same without automatic differentiation."""
-        tape = chain.tape(flat_features(self.policy, observations))
+        tape = chain.tape(flat_features(self.policy, self.policy.pi_features_extractor, observations))
         distribution = self._distribution(tape.outputs)
 
         def differentiate(slopes: list[th.Tensor]) -> Callable[[th.Tensor], th.Tensor]:
