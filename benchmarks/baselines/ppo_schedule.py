@@ -2,7 +2,8 @@
 PPO with BLPO's schedule, for RL Zoo's `--conf-file`: the entries of hyperparams/blpo.yml without what only BLPO knows.
 
 Where BLPO's defaults are not PPO's, PPO gets BLPO's: the same number of transitions, minibatches and epochs, the actor's rate,
-discounts and clipping. `normalize_advantage` alone stays PPO's own default, True: that is PPO as people run it.
+discounts and clipping. `normalize_advantage` alone stays PPO's own default, True: that is PPO as people run it. On Walker2d it
+has what its own trials found instead (benchmarks/tuning.md), where BLPO has what BLPO's found.
 """
 
 import inspect
@@ -31,3 +32,4 @@ def of_ppo(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 hyperparams = {env_id: of_ppo(entry) for env_id, entry in yaml.safe_load(default_hyperparams().read_text()).items()}
+hyperparams["Walker2d-v5"] |= {"learning_rate": 5e-4, "gamma": 0.995, "gae_lambda": 0.9, "clip_range": 0.1}
