@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import report
+import returns
 import rl_zoo3
 import run
 import torch as th
@@ -310,7 +311,7 @@ def table(runs, random=None):
     rows = []
     for (algorithm, env_id, n_timesteps), curves in runs.items():
         for seed, values in enumerate(curves):
-            speed = 2.0 if algorithm == report.PPO else 1.0
+            speed = 2.0 if algorithm == returns.PPO else 1.0
             for row in curve(values):
                 head = {"algorithm": algorithm, "env_id": env_id, "n_timesteps": n_timesteps, "seed": seed}
                 rows.append(head | row | {"cpu_seconds": speed * row["step"] / 1000})
@@ -320,7 +321,7 @@ def table(runs, random=None):
     return pd.DataFrame(rows).assign(std_return=0.0, seconds=0.0, config="x", commit="12e4567", versions="v")
 
 
-HOPPER, CARTPOLE = report.Task("Hopper-v5", 10_000), report.Task("CartPole-v1", 10_000)
+HOPPER, CARTPOLE = returns.Task("Hopper-v5", 10_000), returns.Task("CartPole-v1", 10_000)
 
 
 def flat(*scores):
@@ -329,61 +330,63 @@ def flat(*scores):
 
 @pytest.fixture
 def results():
-    return report.Results(table({
-        (report.BLPO, *HOPPER): flat(10, 40, 20, 30),
-        (report.PPO, *HOPPER): flat(5, 10, 15, 20),
-        (report.BLPO, *CARTPOLE): [[5 * k for k in range(1, 11)]] * 4,
-        (report.PPO, *CARTPOLE): flat(22, 22, 22, 22),
+    return returns.Results(table({
+        (returns.BLPO, *HOPPER): flat(10, 40, 20, 30),
+        (returns.PPO, *HOPPER): flat(5, 10, 15, 20),
+        (returns.BLPO, *CARTPOLE): [[5 * k for k in range(1, 11)]] * 4,
+        (returns.PPO, *CARTPOLE): flat(22, 22, 22, 22),
     }, {"Hopper-v5": 2.5, "CartPole-v1": 2}))  # fmt: skip
 
 
 @pytest.mark.parametrize("n, first", [(10, 9), (20, 18), (5, 5), (4, 4)])
 def test_final_is_the_last_tenth(n, first):
-    assert report.final(np.arange(1, n + 1)) == np.arange(first, n + 1).mean()
+    assert returns.final(np.arange(1, n + 1)) == np.arange(first, n + 1).mean()
 
 
 def test_interquartile_mean():
-    assert report.iqm(np.array([100, 1, 2, 3, -50])) == 2
-    assert report.iqm(np.array([4, 1, 3, 2])) == 2.5
-    assert report.iqm(np.array([1, 2, 9])) == 4
+    assert returns.iqm(np.array([100, 1, 2, 3, -50])) == 2
+    assert returns.iqm(np.array([4, 1, 3, 2])) == 2.5
+    assert returns.iqm(np.array([1, 2, 9])) == 4
 
 
 def test_normalized_by_hand(results):
-    assert results.normalized(report.final, report.BLPO, [HOPPER], 0).tolist() == [[0.75, 3.75, 1.75, 2.75]]
+    assert results.normalized(returns.final, returns.BLPO, [HOPPER], 0).tolist() == [[0.75, 3.75, 1.75, 2.75]]
     # CartPole: (47.5 - 2) / (22 - 2), four times
-    both = results.relative(report.iqm, report.final, report.BLPO, [HOPPER, CARTPOLE], 0)
+    both = results.relative(returns.iqm, returns.final, returns.BLPO, [HOPPER, CARTPOLE], 0)
     assert both == pytest.approx(np.mean([2.275] * 4))
-    assert results.relative(report.mean, report.area, report.BLPO, [CARTPOLE], 0) == pytest.approx((27.5 - 2) / 20)
-    assert results.raw(report.iqm, report.BLPO, HOPPER, 0) == 25
-    assert results.difference(report.mean, report.BLPO, report.PPO, [HOPPER], 0) == pytest.approx(1.25)
+    assert results.relative(returns.mean, returns.area, returns.BLPO, [CARTPOLE], 0) == pytest.approx((27.5 - 2) / 20)
+    assert results.raw(returns.iqm, returns.BLPO, HOPPER, 0) == 25
+    assert results.difference(returns.mean, returns.BLPO, returns.PPO, [HOPPER], 0) == pytest.approx(1.25)
 
 
 def test_improvement_by_hand(results):
     # Above 5, 10, 15, 20: 10 in 1.5 of 4 cases, 20 in 3.5, 30 and 40 always
-    assert results.improvement(report.BLPO, report.PPO, [HOPPER], 0) == pytest.approx(13 / 16)
-    assert results.improvement(report.BLPO, report.PPO, [HOPPER, CARTPOLE], 0) == pytest.approx((13 / 16 + 1) / 2)
+    assert results.improvement(returns.BLPO, returns.PPO, [HOPPER], 0) == pytest.approx(13 / 16)
+    assert results.improvement(returns.BLPO, returns.PPO, [HOPPER, CARTPOLE], 0) == pytest.approx((13 / 16 + 1) / 2)
 
 
 def test_arrival_by_hand(results):
     # 5 k reaches 22 at k = 4.4 of 10; PPO's ten take twice the time
-    assert results.arrival("steps", report.BLPO, [CARTPOLE], 0) == pytest.approx(0.44)
-    assert results.arrival("seconds", report.BLPO, [CARTPOLE], 0) == pytest.approx(0.22)
-    assert results.arrival("steps", report.BLPO, [HOPPER], 0) == pytest.approx(0.1)
-    assert results.arrival("steps", report.PPO, [CARTPOLE], 0) == pytest.approx(0.1)
-    low = report.Results(table({(report.BLPO, *HOPPER): flat(1, 2), (report.PPO, *HOPPER): flat(3, 4)}))
-    found = report.estimate(low.arrival, "steps", report.BLPO, [HOPPER])
+    assert results.arrival("steps", returns.BLPO, [CARTPOLE], 0) == pytest.approx(0.44)
+    assert results.arrival("seconds", returns.BLPO, [CARTPOLE], 0) == pytest.approx(0.22)
+    assert results.arrival("steps", returns.BLPO, [HOPPER], 0) == pytest.approx(0.1)
+    assert results.arrival("steps", returns.PPO, [CARTPOLE], 0) == pytest.approx(0.1)
+    low = returns.Results(table({(returns.BLPO, *HOPPER): flat(1, 2), (returns.PPO, *HOPPER): flat(3, 4)}))
+    found = returns.estimate(low.arrival, "steps", returns.BLPO, [HOPPER])
     assert str(found) == "never [never, never]"
 
 
 def test_interval(results):
-    found = report.estimate(results.raw, report.mean, report.BLPO, HOPPER)
+    found = returns.estimate(results.raw, returns.mean, returns.BLPO, HOPPER)
     # 256 equally likely samples of four: 2.5 % of them have a mean of at most 15
-    assert found == report.estimate(results.raw, report.mean, report.BLPO, HOPPER)
+    assert found == returns.estimate(results.raw, returns.mean, returns.BLPO, HOPPER)
     assert found.value == 25 and (found.low, found.high) == (15, 35)
     assert found.error == pytest.approx(np.sqrt(125 / 4), rel=0.03)
     # PPO's runs are drawn, too, so its own mean is exact and its score is not
-    assert report.estimate(results.relative, report.mean, report.final, report.PPO, [HOPPER])[:3] == pytest.approx((1, 1, 1))
-    relative = report.estimate(results.relative, report.mean, report.final, report.BLPO, [HOPPER])
+    assert returns.estimate(results.relative, returns.mean, returns.final, returns.PPO, [HOPPER])[:3] == pytest.approx(
+        (1, 1, 1)
+    )
+    relative = returns.estimate(results.relative, returns.mean, returns.final, returns.BLPO, [HOPPER])
     assert relative.error > found.error / 10
 
 
@@ -393,13 +396,13 @@ def test_as_rliable():
     generator = np.random.default_rng(0)
     scores = generator.normal(size=(5, 3))
     others = generator.normal(size=(5, 3))
-    tasks = [report.Task(f"Task{i}-v0", 10_000) for i in range(3)]
-    results = report.Results(table(
+    tasks = [returns.Task(f"Task{i}-v0", 10_000) for i in range(3)]
+    results = returns.Results(table(
         {(name, *task): flat(*x[:, i]) for i, task in enumerate(tasks) for name, x in (("A", scores), ("B", others))}
-        | {(report.PPO, *task): flat(1, 1) for task in tasks},
+        | {(returns.PPO, *task): flat(1, 1) for task in tasks},
         dict.fromkeys((task.env_id for task in tasks), 0),
     ))  # fmt: skip
-    found = report.estimate(results.relative, report.iqm, report.final, "A", tasks)
+    found = returns.estimate(results.relative, returns.iqm, returns.final, "A", tasks)
     point, interval = library.get_interval_estimates(
         {"A": scores}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=5000, random_state=np.random.RandomState(0)
     )
@@ -411,9 +414,9 @@ def test_as_rliable():
 
 def test_groups():
     longer, acrobot, lander = (
-        report.Task(*task) for task in (("Hopper-v5", 20_000), ("Acrobot-v1", 5), ("LunarLander-v3", 6))
+        returns.Task(*task) for task in (("Hopper-v5", 20_000), ("Acrobot-v1", 5), ("LunarLander-v3", 6))
     )
-    assert report.groups([longer, HOPPER, CARTPOLE, acrobot, lander]) == {
+    assert returns.groups([longer, HOPPER, CARTPOLE, acrobot, lander]) == {
         "MuJoCo, 20k": [longer],
         "MuJoCo, 10k": [HOPPER],
         "tasks that saturate": [CARTPOLE, acrobot],
@@ -427,22 +430,22 @@ def test_smallest_visible():
     x, y = generator.normal(size=(2, 20_000, 5))
     # The bootstrap's standard error of the difference of two means of five, were their standard deviation known to be 1
     error = np.sqrt(2 / 5 * 4 / 5)
-    shift = float(report.visible(report.Estimate(0, 0, 0, error), [5, 5]))
+    shift = float(report.visible(returns.Estimate(0, 0, 0, error), [5, 5]))
     assert (stats.ttest_ind(x + shift, y, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.05)
-    assert report.visible(report.Estimate(0, 0, 0, error), [5, 1]) == ""
+    assert report.visible(returns.Estimate(0, 0, 0, error), [5, 1]) == ""
 
 
 def test_difference_in_returns(results):
-    found = report.differences(results, report.PPO)
+    found = report.differences(results, returns.PPO)
     assert "| BLPO | Hopper-v5, 10k | 12.5 [" in found and "| BLPO | CartPole-v1, 10k | 25.5 [" in found
     assert "| BLPO | all | " in found
 
 
 def test_other_hyperparameters_are_not_pooled():
-    rows = table({(report.BLPO, *HOPPER): flat(1, 2)})
+    rows = table({(returns.BLPO, *HOPPER): flat(1, 2)})
     rows.loc[rows.seed == 1, "config"] = "y"
     with pytest.raises(ValueError, match="BLPO on Hopper-v5 has runs with different hyperparameters"):
-        report.Results(rows)
+        returns.Results(rows)
 
 
 @pytest.mark.parametrize("left", ["all", "no PPO", "no random", "one", "fewer seeds"])
@@ -450,13 +453,13 @@ def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     rows = results.table
     rows = {
         "all": rows,
-        "no PPO": rows[rows.algorithm != report.PPO],
+        "no PPO": rows[rows.algorithm != returns.PPO],
         "no random": rows[rows.algorithm != "random"],
-        "one": rows[(rows.algorithm == report.BLPO) & (rows.env_id == "Hopper-v5") & (rows.seed == 0)],
+        "one": rows[(rows.algorithm == returns.BLPO) & (rows.env_id == "Hopper-v5") & (rows.seed == 0)],
         "fewer seeds": rows[(rows.env_id != "Hopper-v5") | (rows.seed < 1)],
     }[left]
-    variant = rows[rows.algorithm == report.BLPO].assign(algorithm="BLPO, variant")
-    none = variant.assign(algorithm=report.NONE)
+    variant = rows[rows.algorithm == returns.BLPO].assign(algorithm="BLPO, variant")
+    none = variant.assign(algorithm=returns.NONE)
     path = tmp_path / "returns.csv"
     pd.concat([rows, variant, none]).to_csv(path, index=False)
     monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
