@@ -1,7 +1,7 @@
 """
 What BLPO costs beside SB3's PPO at the same schedule.
 
-``python benchmarks/overhead.py`` (about 15 minutes on one free core) writes ``benchmarks/results/overhead.csv`` and its
+``python benchmarks/overhead.py`` (about eight minutes on one free core) writes ``benchmarks/results/overhead.csv`` and its
 figure; ``--env`` and ``--repeats`` choose a part, whose rows replace the old ones of that environment. All algorithms of an
 environment live in one process with one thread and take turns, one rollout and one ``train()`` each; the ratio is that of two
 turns side by side. The first turn of each is not counted.
@@ -221,7 +221,10 @@ def plot(turns: list[Turn]) -> None:
     from matplotlib import pyplot as plt
 
     env_ids = [name for name in ENVIRONMENTS if any(turn.env_id == name for turn in turns)]
-    shown = {"none": "#777777", "nystrom": "#d55e00", "nystrom columns": "#e69f00", "cg (50)": "#0072b2", "exact": "#009e73"}
+    shown = {
+        "none": "#777777", "nystrom": "#d55e00", "nystrom columns": "#e69f00", "cg (50)": "#0072b2", "nystrom_cg": "#56b4e9",
+        "exact": "#009e73",
+    }  # fmt: skip
     figure, axis = plt.subplots(figsize=(11, 4.2))
     width = 0.8 / len(shown)
     for i, (name, colour) in enumerate(shown.items()):
@@ -241,7 +244,7 @@ def plot(turns: list[Turn]) -> None:
     axis.set_xticks(range(len(env_ids)), env_ids, rotation=15)
     axis.set_ylabel("runtime relative to PPO")
     axis.set_title("Time of a rollout and an update beside SB3's PPO, same schedule, one CPU thread (median, quartiles)")
-    axis.legend(ncols=3, fontsize=8)
+    axis.legend(ncols=4, fontsize=8)
     axis.set_ylim(0, None)
     figure.tight_layout()
     figure.savefig(RESULTS / "overhead.png", dpi=110, metadata={"Software": None})
