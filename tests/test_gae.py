@@ -73,6 +73,28 @@ def test_tensors_are_made_where_the_inputs_are(U):
 
 @pytest.mark.parametrize("inside_rollout", [True, False])
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.9, 1.0])
+def test_lambda_returns_are_the_recursion(inside_rollout, gae_lambda):
+    T, B, gamma = 12, 3, 0.97
+    generator = th.Generator().manual_seed(2)
+    rewards, V_next, terminal = th.randn(3, T, B, generator=generator, dtype=th.float64)
+    last_returns = th.randn(B, generator=generator, dtype=th.float64)
+    ends = th.rand(T, B, generator=generator)
+    done, truncated = (ends < 0.3).double(), (ends < 0.15).double()
+    done[-1, 0], done[-1, 1] = 1, 0
+    Q, expected = last_returns if inside_rollout else V_next[-1], []
+    for t in reversed(range(T)):
+        going_on = (1 - gae_lambda) * V_next[t] + gae_lambda * Q
+        Q = rewards[t] + gamma * (1 - done[t]) * going_on + gamma * truncated[t] * terminal[t]
+        expected.append(Q)
+    kept = rewards.clone()
+    U = gae.DiscountedSum(done, gamma * gae_lambda)
+    found = gae.LambdaReturn(rewards, done, last_returns if inside_rollout else None, gamma, gae_lambda, U)
+    th.testing.assert_close(found(V_next, terminal * truncated), th.stack(expected[::-1]), rtol=1e-12, atol=1e-12)
+    assert th.equal(rewards, kept)
+
+
+@pytest.mark.parametrize("inside_rollout", [True, False])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.9, 1.0])
 def test_return_gradient_is_the_derivative_of_the_returns(inside_rollout, gae_lambda):
     T, B, gamma = 12, 3, 0.97
     generator = th.Generator().manual_seed(1)
