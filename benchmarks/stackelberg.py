@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_blpo.actor_critic import likelihood
-from sb3_blpo.gae import DiscountedSum, LambdaReturn
+from sb3_blpo.gae import LambdaReturn
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solver
 from sb3_blpo.jacobian import LayerJacobian
@@ -80,14 +80,13 @@ def segment_of(
     critic: nn.Sequential,
     gamma: float,
     gae_lambda: float,
-    U: DiscountedSum,
     done: th.Tensor,
 ) -> Segment:
     """A rollout of (n_steps, n_envs) rewards as one minibatch, its targets the lambda-returns under the current critic."""
     none = th.zeros(0, dtype=th.long)
     with th.no_grad():
         log_prob, values = policy.log_prob(actions), critic(observations).flatten()
-    lambda_return = LambdaReturn(rewards, done, None, gamma, gae_lambda, U)
+    lambda_return = LambdaReturn(rewards, done, None, gamma, gae_lambda)
     segment = Segment(observations, actions, log_prob, values, rewards, done, None, none, gamma, gae_lambda, lambda_return)
     return segment._replace(returns=segment.advantages(values) + values[: len(actions)])
 
@@ -151,7 +150,6 @@ class Quadratic:
     def __init__(self, k: float) -> None:
         self.k = k
         self.done = th.tensor([[0.0], [1.0]]).double().expand(2, 4)
-        self.U = DiscountedSum(self.done, 0.0)
         self.critic = linear_critic(1)
 
     def gradients(self, theta: float, omega: float, solver: Solver | None) -> tuple[float, float]:
@@ -163,7 +161,7 @@ class Quadratic:
         states = th.stack([th.zeros(4).double(), a[0], th.zeros(4).double()]).view(-1, 1)
         rewards = th.stack([self.k * a[0] ** 2 / 2, -a[0] * a[1]])
         policy = th.distributions.Normal(mean, self.sigma)
-        segment = segment_of(states, a.flatten(), rewards, policy, self.critic, 1.0, 0.0, self.U, self.done)
+        segment = segment_of(states, a.flatten(), rewards, policy, self.critic, 1.0, 0.0, self.done)
         step = leader(mean, policy, segment, self.critic, solver, damping=1e-9).gradient
         (follower,) = th.autograd.grad(
             F.mse_loss(self.critic(segment.states).flatten(), segment.returns), list(self.critic.parameters())
@@ -270,7 +268,6 @@ def train(mdp: MDP, solver: Solver | None, damping: float, n_iterations: int) ->
     actor_optimizer = th.optim.SGD([theta], lr=ACTOR_RATE, maximize=True)
     critic_optimizer = th.optim.SGD(critic.parameters(), lr=CRITIC_RATE)
     done = th.zeros(N_STEPS, N_ENVS).double()
-    U = DiscountedSum(done, mdp.gamma * mdp.gae_lambda)
     history = []
     for _ in range(n_iterations):
         logits, omega = with_last(theta), weights(critic)
@@ -278,7 +275,7 @@ def train(mdp: MDP, solver: Solver | None, damping: float, n_iterations: int) ->
         policy = th.distributions.Categorical(logits=logits[states.flatten()], validate_args=False)
         observations = mdp.features[th.cat([states.flatten(), last])]
         segment = segment_of(
-            observations, actions.flatten(), mdp.r[states, actions], policy, critic, mdp.gamma, mdp.gae_lambda, U, done
+            observations, actions.flatten(), mdp.r[states, actions], policy, critic, mdp.gamma, mdp.gae_lambda, done
         )
         follower = []
         for _ in range(N_CRITIC_UPDATES):

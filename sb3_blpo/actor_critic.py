@@ -45,10 +45,10 @@ ELEMENTWISE = (
 )  # fmt: skip
 
 #: SB3's distributions of the actor's outputs, and at most of log_std, and how each is made written out
-WRITTEN_OUT: dict[type[Any], Callable[[ActorCriticPolicy, th.Tensor], WrittenOut]] = {
+WRITTEN_OUT: dict[type[Any], Callable[[Any, th.Tensor], WrittenOut]] = {
     DiagGaussianDistribution: lambda policy, outputs: DiagGaussian(outputs, policy.log_std.detach()),
     CategoricalDistribution: lambda policy, outputs: Categorical(outputs),
-    MultiCategoricalDistribution: lambda policy, outputs: MultiCategorical(outputs, policy.action_dist.action_dims),  # type: ignore[attr-defined]
+    MultiCategoricalDistribution: lambda policy, outputs: MultiCategorical(outputs, policy.action_dist.action_dims),
     BernoulliDistribution: lambda policy, outputs: Bernoulli(outputs),
 }
 

@@ -111,17 +111,19 @@ class Categorical(WrittenOut):
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         return self.log_probs.gather(1, actions.long()[:, None])[:, 0]
 
-    def entropy(self) -> th.Tensor:
+    def _finite_log_probs(self) -> th.Tensor:
         # Where an action is impossible, 0 times the lowest number and not minus infinity
-        return -(self.log_probs.clamp_min(th.finfo(self.probs.dtype).min) * self.probs).sum(dim=1)
+        return self.log_probs.clamp_min(th.finfo(self.probs.dtype).min)
+
+    def entropy(self) -> th.Tensor:
+        return -(self._finite_log_probs() * self.probs).sum(dim=1)
 
     def log_prob_slopes(self, actions: th.Tensor) -> list[th.Tensor]:
         chosen = actions.long()[:, None]
         return [(-self.probs).scatter_add_(1, chosen, th.ones_like(chosen, dtype=self.probs.dtype))]
 
     def entropy_slopes(self) -> list[th.Tensor]:
-        surprise = self.log_probs.clamp_min(th.finfo(self.probs.dtype).min) + self.entropy()[:, None]
-        return [-self.probs * surprise]
+        return [-self.probs * (self._finite_log_probs() + self.entropy()[:, None])]
 
 
 class MultiCategorical(WrittenOut):

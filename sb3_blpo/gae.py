@@ -101,19 +101,12 @@ class LambdaReturn:
         ``None`` at the rollout's end, where Q is V
     :param gamma: Discount factor, in [0, 1]
     :param gae_lambda: Trade-off of bias and variance, in [0, 1]
-    :param U: The discounted sum with gamma * lambda
     """
 
     def __init__(
-        self,
-        rewards: th.Tensor,
-        done: th.Tensor,
-        last_returns: th.Tensor | None,
-        gamma: float,
-        gae_lambda: float,
-        U: DiscountedSum,
+        self, rewards: th.Tensor, done: th.Tensor, last_returns: th.Tensor | None, gamma: float, gae_lambda: float
     ) -> None:
-        self.gamma, self.U = gamma, U
+        self.gamma, self.U = gamma, DiscountedSum(done, gamma * gae_lambda)
         going_on = gamma * (1 - done)
         self.r, self.c = rewards.clone(), (1 - gae_lambda) * going_on
         if last_returns is None:

@@ -207,5 +207,5 @@ class Rollout:
                 device=self.rewards.device,
             ),
             *discounts,
-            gae.LambdaReturn(rewards, done, last_returns, *discounts, gae.DiscountedSum(done, self.gamma * self.gae_lambda)),
+            gae.LambdaReturn(rewards, done, last_returns, *discounts),
         )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch as th
 from torch import nn
 
-from sb3_blpo.gae import DiscountedSum, LambdaReturn
+from sb3_blpo.gae import LambdaReturn
 from sb3_blpo.segments import Segment
 
 
@@ -33,8 +33,7 @@ def random_segment(T: int, B: int, n_features: int, inside_rollout: bool, genera
         gamma=0.97,
         gae_lambda=0.9,
     )
-    U = DiscountedSum(done.double(), 0.97 * 0.9)
-    return Segment(**of_transitions, **of_block, lambda_return=LambdaReturn(**of_block, U=U))
+    return Segment(**of_transitions, **of_block, lambda_return=LambdaReturn(**of_block))
 
 
 class GaussianActor(nn.Module):

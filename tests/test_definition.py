@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_blpo import BLPO
-from sb3_blpo.gae import DiscountedSum, LambdaReturn
+from sb3_blpo.gae import LambdaReturn
 
 SOLVERS = [
     ("exact", {}, "gauss_newton"),
@@ -65,14 +65,13 @@ def test_one_actor_step(env_id, solver, ihvp_kwargs, curvature):
 
     after = model.policy
     rewards, done = segment.rewards.double(), segment.done.double()
-    U = DiscountedSum(done, model.gamma * model.gae_lambda)
     segment = segment._replace(
         observations=segment.observations.double(),
         old_log_prob=segment.old_log_prob.double(),
         returns=segment.returns.double(),
         rewards=rewards,
         done=done,
-        lambda_return=LambdaReturn(rewards, done, segment.last_returns, model.gamma, model.gae_lambda, U),
+        lambda_return=LambdaReturn(rewards, done, segment.last_returns, model.gamma, model.gae_lambda),
     )
     # The critic at the end is the one that the actor's step saw
     critic = nn.Sequential(copy.deepcopy(after.mlp_extractor.value_net), copy.deepcopy(after.value_net)).double()

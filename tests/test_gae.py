@@ -87,8 +87,7 @@ def test_lambda_returns_are_the_recursion(inside_rollout, gae_lambda):
         Q = rewards[t] + gamma * (1 - done[t]) * going_on + gamma * truncated[t] * terminal[t]
         expected.append(Q)
     kept = rewards.clone()
-    U = gae.DiscountedSum(done, gamma * gae_lambda)
-    found = gae.LambdaReturn(rewards, done, last_returns if inside_rollout else None, gamma, gae_lambda, U)
+    found = gae.LambdaReturn(rewards, done, last_returns if inside_rollout else None, gamma, gae_lambda)
     th.testing.assert_close(found(V_next, terminal * truncated), th.stack(expected[::-1]), rtol=1e-12, atol=1e-12)
     assert th.equal(rewards, kept)
 
@@ -103,8 +102,7 @@ def test_return_gradient_is_the_derivative_of_the_returns(inside_rollout, gae_la
     ends = th.rand(T, B, generator=generator)
     done, truncated = (ends < 0.3).double(), (ends < 0.15).double()
     inputs = [tensor.requires_grad_() for tensor in (V, last, terminal)]
-    U = gae.DiscountedSum(done, gamma * gae_lambda)
-    Q = gae.LambdaReturn(rewards, done, last_returns if inside_rollout else None, gamma, gae_lambda, U)
+    Q = gae.LambdaReturn(rewards, done, last_returns if inside_rollout else None, gamma, gae_lambda)
     returns = Q(th.cat([V[1:], last[None]]), terminal * truncated)
     expected = th.autograd.grad((weights * returns).sum(), inputs)
     by = Q.gradient(weights)
