@@ -87,7 +87,7 @@ def segment_of(
     with th.no_grad():
         log_prob, values = policy.log_prob(actions), critic(observations).flatten()
     lambda_return = LambdaReturn(rewards, done, None, gamma, gae_lambda)
-    segment = Segment(observations, actions, log_prob, values, rewards, done, None, none, gamma, gae_lambda, lambda_return)
+    segment = Segment(observations, actions, log_prob, values, none, lambda_return)
     return segment._replace(returns=segment.advantages(values) + values[: len(actions)])
 
 

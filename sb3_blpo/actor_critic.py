@@ -113,20 +113,6 @@ def split_parameters(
     return actor, critic
 
 
-def make_optimizer(policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter], learning_rate: float) -> th.optim.Optimizer:
-    """
-    :param policy: Has the optimizer's class and arguments
-    :param parameters: What to optimize
-    :param learning_rate: Initial learning rate
-    :return: The optimizer
-    """
-    kwargs: dict[str, Any] = policy.optimizer_kwargs
-    if policy.optimizer_class in (th.optim.Adam, th.optim.AdamW):
-        # One kernel for all parameters: for small networks several times faster, on the CPU too
-        kwargs = {"fused": not any(name in kwargs for name in ("foreach", "capturable", "differentiable"))} | kwargs
-    return policy.optimizer_class(list(parameters.values()), lr=learning_rate, **kwargs)  # type: ignore[call-arg]
-
-
 class Critic(nn.Module):
     """
     The policy's value function as a module of its own.
@@ -160,7 +146,7 @@ class Critic(nn.Module):
         :return: Their values, without a graph (n,)
         """
         if self.chain is not None:
-            return self.chain.tape(flat_features(self.policy, self.policy.vf_features_extractor, observations)).outputs[:, 0]
+            return self.chain.tape(self._features(observations)).outputs[:, 0]
         return self(observations)
 
     def loss_and_gradient(self, observations: PyTorchObs, returns: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -172,7 +158,7 @@ class Critic(nn.Module):
         :return: The loss () and its gradient (n_params,)
         """
         if self.chain is not None:
-            tape = self.chain.tape(flat_features(self.policy, self.policy.vf_features_extractor, observations))
+            tape = self.chain.tape(self._features(observations))
             residuals = tape.outputs - returns[:, None]
             return residuals.square().mean(), th.cat(tape.gradient(tape.signals(residuals * (2 / len(returns)))))
         loss = F.mse_loss(self(observations), returns)
@@ -203,7 +189,7 @@ class Critic(nn.Module):
         :return: The values' Jacobian by the critic's parameters
         """
         if self.chain is not None:
-            return ChainJacobian(self.chain, flat_features(self.policy, self.policy.vf_features_extractor, observations))
+            return ChainJacobian(self.chain, self._features(observations))
         if self.layers is not None:
             return LayerJacobian(self, observations, self.layers)
 
@@ -211,6 +197,9 @@ class Critic(nn.Module):
             return th.func.functional_call(self, parameters, (observations,))
 
         return FunctionalJacobian(values, self.trainable, generator)
+
+    def _features(self, observations: PyTorchObs) -> th.Tensor:
+        return flat_features(self.policy, self.policy.vf_features_extractor, observations)
 
 
 def plain_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> list[nn.Linear | nn.Conv2d] | None:
@@ -339,9 +328,7 @@ class Actor:
         """
         distribution: WrittenOut | Distribution
         if self.chain is not None:
-            distribution = self._distribution(
-                self.chain(flat_features(self.policy, self.policy.pi_features_extractor, observations))
-            )
+            distribution = self._distribution(self.chain(self._features(observations)))
         else:
             distribution = self.policy.get_distribution(observations)
         try:
@@ -368,7 +355,7 @@ class Actor:
     @th.no_grad()
     def _chain_likelihood(self, chain: Chain, observations: PyTorchObs, actions: th.Tensor) -> ActionLikelihood:
         """The same without automatic differentiation."""
-        tape = chain.tape(flat_features(self.policy, self.policy.pi_features_extractor, observations))
+        tape = chain.tape(self._features(observations))
         distribution = self._distribution(tape.outputs)
 
         def differentiate(slopes: list[th.Tensor]) -> Callable[[th.Tensor], th.Tensor]:
@@ -387,6 +374,9 @@ class Actor:
 
     def _distribution(self, outputs: th.Tensor) -> WrittenOut:
         return WRITTEN_OUT[type(self.policy.action_dist)](self.policy, outputs)
+
+    def _features(self, observations: PyTorchObs) -> th.Tensor:
+        return flat_features(self.policy, self.policy.pi_features_extractor, observations)
 
 
 @contextlib.contextmanager
@@ -408,65 +398,3 @@ def without_validation() -> Iterator[None]:
 def _is_sb3(policy: ActorCriticPolicy, *methods: str) -> bool:
     """Whether the policy has these methods from SB3's base class."""
     return all(getattr(type(policy), method) is getattr(ActorCriticPolicy, method) for method in methods)
-
-
-class Snapshot(NamedTuple):
-    """
-    What a minibatch changes before its last check: the critic, its optimizer's state, and the networks' buffers.
-
-    :param optimizer: The critic's optimizer
-    :param tensors: Parameters and buffers, each with its value
-    :param state: The optimizer's state by parameter
-    """
-
-    optimizer: th.optim.Optimizer
-    tensors: list[tuple[th.Tensor, th.Tensor]]
-    state: dict[th.Tensor, dict[str, Any]]
-
-    @classmethod
-    def of(cls, optimizer: th.optim.Optimizer, buffers: list[th.Tensor]) -> "Snapshot":
-        """
-        :param optimizer: The critic's optimizer
-        :param buffers: The policy's, which forward passes change (statistics of normalisation layers)
-        :return: Their values now
-        """
-        tensors = [*parameters_of(optimizer), *buffers]
-        state = {
-            parameter: {key: value.clone() if isinstance(value, th.Tensor) else value for key, value in entries.items()}
-            for parameter, entries in optimizer.state.items()
-        }
-        return cls(optimizer, [(tensor, tensor.detach().clone()) for tensor in tensors], state)
-
-    def __enter__(self) -> "Snapshot":
-        return self
-
-    def __exit__(self, exception: type[BaseException] | None, *_: Any) -> None:
-        """Put everything back if the block raised."""
-        if exception is None:
-            return
-        with th.no_grad():
-            for tensor, value in self.tensors:
-                tensor.copy_(value)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(self.state)
-
-
-def gradient_vector(parameters: list[th.Tensor]) -> th.Tensor:
-    """
-    :param parameters: Parameters of one optimizer; their ``grad`` is set to views of the result
-    :return: A vector that holds all of their gradients, zero now
-    """
-    vector = th.zeros(
-        sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype, device=parameters[0].device
-    )
-    for parameter, part in zip(parameters, vector.split([parameter.numel() for parameter in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
-    return vector
-
-
-def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
-    """
-    :param optimizer: An optimizer
-    :return: Its parameters, in order
-    """
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

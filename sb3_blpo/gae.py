@@ -106,7 +106,9 @@ class LambdaReturn:
     def __init__(
         self, rewards: th.Tensor, done: th.Tensor, last_returns: th.Tensor | None, gamma: float, gae_lambda: float
     ) -> None:
-        self.gamma, self.U = gamma, DiscountedSum(done, gamma * gae_lambda)
+        self.rewards, self.done, self.last_returns = rewards, done, last_returns
+        self.gamma, self.gae_lambda = gamma, gae_lambda
+        self.U = DiscountedSum(done, gamma * gae_lambda)
         going_on = gamma * (1 - done)
         self.r, self.c = rewards.clone(), (1 - gae_lambda) * going_on
         if last_returns is None:

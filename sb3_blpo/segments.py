@@ -58,32 +58,27 @@ class Segment(NamedTuple):
     :param actions: (N, ...) or, if discrete, (N,)
     :param old_log_prob: log pi_old(a_t|s_t) (N,)
     :param returns: The lambda-returns of the rollout, the critic's target (N,)
-    :param rewards: r_t without the bootstrap value that SB3 adds at truncations (T, B)
-    :param done: 1 where the step ended the episode, else 0 (T, B)
-    :param last_returns: lambda-returns of the states after the last steps where the segment ends inside the rollout (B,);
-        ``None`` at the rollout's end
     :param truncated: Flat indices of the truncated steps (n_truncated,)
-    :param gamma: Discount factor
-    :param gae_lambda: Factor of GAE
-    :param lambda_return: The lambda-returns as a function of the values of :attr:`observations`
+    :param lambda_return: The lambda-returns as a function of values (T, B), its rewards without the bootstrap value that SB3
+        adds at truncations
     """
 
     observations: PyTorchObs
     actions: th.Tensor
     old_log_prob: th.Tensor
     returns: th.Tensor
-    rewards: th.Tensor
-    done: th.Tensor
-    last_returns: th.Tensor | None
     truncated: th.Tensor
-    gamma: float
-    gae_lambda: float
     lambda_return: gae.LambdaReturn
 
     @property
     def n_transitions(self) -> int:
         """Number N of transitions."""
-        return self.rewards.numel()
+        return len(self.old_log_prob)
+
+    @property
+    def shape(self) -> th.Size:
+        """(T, B): numbers of steps and environments."""
+        return self.lambda_return.rewards.shape
 
     @property
     def states(self) -> PyTorchObs:
@@ -95,11 +90,11 @@ class Segment(NamedTuple):
         :param values: Of :attr:`observations` under the current critic
         :return: Advantages under that critic (N,)
         """
-        n, n_envs = self.n_transitions, self.rewards.shape[1]
-        next_values = values[n_envs : n + n_envs].view_as(self.rewards)
+        n, n_envs = self.n_transitions, self.shape[1]
+        next_values = values[n_envs : n + n_envs].view(self.shape)
         terminal_values = None
         if len(self.truncated):
-            terminal_values = values.new_zeros(n).index_copy(0, self.truncated, values[n + n_envs :]).view_as(self.rewards)
+            terminal_values = values.new_zeros(n).index_copy(0, self.truncated, values[n + n_envs :]).view(self.shape)
         return self.lambda_return(next_values, terminal_values).flatten() - values[:n]
 
     def return_gradient(self, weights: th.Tensor) -> th.Tensor:
@@ -109,8 +104,8 @@ class Segment(NamedTuple):
         :param weights: (N,)
         :return: c, one for each of :attr:`observations`
         """
-        by = self.lambda_return.gradient(weights.view_as(self.rewards))
-        first = weights.new_zeros(self.rewards.shape[1])  # no lambda-return bootstraps from the first states
+        by = self.lambda_return.gradient(weights.view(self.shape))
+        first = weights.new_zeros(self.shape[1])  # no lambda-return bootstraps from the first states
         return th.cat([first, by.next_values.flatten(), by.terminal_values.flatten()[self.truncated]])
 
     def trace(self, x: th.Tensor) -> th.Tensor:
@@ -120,7 +115,7 @@ class Segment(NamedTuple):
         :param x: (N,)
         :return: e (N,)
         """
-        return self.lambda_return.U.adjoint(x.view_as(self.rewards)).flatten()
+        return self.lambda_return.U.adjoint(x.view(self.shape)).flatten()
 
 
 class Rollout:
@@ -190,22 +185,21 @@ class Rollout:
             following = each(lambda obs: obs[envs], self.last_observation)
         truncations = [t for t in self.truncations if steps.start <= t.step < steps.stop and envs.start <= t.env < envs.stop]
         width = envs.stop - envs.start
-        rewards, done = self.rewards[steps, envs], self.done[steps, envs]
-        last_returns = self.returns[steps.stop, envs] if inside_rollout else None
-        discounts = self.gamma, self.gae_lambda
         return Segment(
             each(_join, states, following, *(t.observation for t in truncations)),
             self.actions[steps, envs].flatten(0, 1),
             self.old_log_prob[steps, envs].flatten(),
             self.returns[steps, envs].flatten(),
-            rewards,
-            done,
-            last_returns,
             th.tensor(
                 [(t.step - steps.start) * width + t.env - envs.start for t in truncations],
                 dtype=th.long,
                 device=self.rewards.device,
             ),
-            *discounts,
-            gae.LambdaReturn(rewards, done, last_returns, *discounts),
+            gae.LambdaReturn(
+                self.rewards[steps, envs],
+                self.done[steps, envs],
+                self.returns[steps.stop, envs] if inside_rollout else None,
+                self.gamma,
+                self.gae_lambda,
+            ),
         )

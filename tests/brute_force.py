@@ -32,16 +32,17 @@ def as_flat_function(module: nn.Module, observations: th.Tensor) -> tuple[FlatFu
 
 def lambda_returns(segment: Segment, values: th.Tensor) -> th.Tensor:
     """Return Q_t (T, B) by the recursion of the definition, differentiable by the values of the segment's observations."""
-    gamma, gae_lambda = segment.gamma, segment.gae_lambda
-    T, B = segment.rewards.shape
+    block = segment.lambda_return
+    gamma, gae_lambda = block.gamma, block.gae_lambda
+    T, B = segment.shape
     V = [[values[t * B + b] for b in range(B)] for t in range(T)] + [[values[T * B + b] for b in range(B)]]
     terminal = {int(index): values[T * B + B + i] for i, index in enumerate(segment.truncated)}
     Q = [[th.zeros(())] * B for _ in range(T)]
     for b in range(B):
-        following = V[T][b] if segment.last_returns is None else segment.last_returns[b]
+        following = V[T][b] if block.last_returns is None else block.last_returns[b]
         for t in reversed(range(T)):
-            q = segment.rewards[t, b]
-            if not segment.done[t, b]:
+            q = block.rewards[t, b]
+            if not block.done[t, b]:
                 q = q + gamma * ((1 - gae_lambda) * V[t + 1][b] + gae_lambda * following)
             elif t * B + b in terminal:
                 q = q + gamma * terminal[t * B + b]
@@ -51,11 +52,12 @@ def lambda_returns(segment: Segment, values: th.Tensor) -> th.Tensor:
 
 def discounted_sums(segment: Segment, x: th.Tensor) -> th.Tensor:
     """Return sum_{k >= t} (gamma lambda)^(k - t) x_k inside each episode of the segment (N,)."""
-    B, done, totals = segment.rewards.shape[1], segment.done.flatten(), []
+    block = segment.lambda_return
+    B, done, totals = segment.shape[1], block.done.flatten(), []
     for start in range(len(x)):
         total, weight, k = x[start], 1.0, start
         while not done[k] and k + B < len(x):
-            weight, k = weight * segment.gamma * segment.gae_lambda, k + B
+            weight, k = weight * block.gamma * block.gae_lambda, k + B
             total = total + weight * x[k]
         totals.append(total)
     return th.stack(totals)

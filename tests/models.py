@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 
 import sb3_blpo.blpo
 from sb3_blpo import BLPO
-from sb3_blpo.actor_critic import parameters_of
+from sb3_blpo.optimizers import parameters_of
 from sb3_blpo.segments import Segment
 
 SMALL: dict[str, Any] = dict(n_steps=16, batch_size=8, n_epochs=1, seed=0, device="cpu", policy_kwargs={"net_arch": [8]})

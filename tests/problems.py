@@ -33,7 +33,7 @@ def random_segment(T: int, B: int, n_features: int, inside_rollout: bool, genera
         gamma=0.97,
         gae_lambda=0.9,
     )
-    return Segment(**of_transitions, **of_block, lambda_return=LambdaReturn(**of_block))
+    return Segment(**of_transitions, lambda_return=LambdaReturn(**of_block))
 
 
 class GaussianActor(nn.Module):

@@ -13,7 +13,8 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_blpo import BLPO
-from sb3_blpo.actor_critic import likelihood, parameters_of
+from sb3_blpo.actor_critic import likelihood
+from sb3_blpo.optimizers import parameters_of
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.SiLU])

@@ -21,8 +21,8 @@ from torch import nn
 
 import sb3_blpo
 from sb3_blpo import BLPO
-from sb3_blpo.actor_critic import parameters_of
 from sb3_blpo.checks import ARGUMENT_RULES, IHVP_RULES
+from sb3_blpo.optimizers import parameters_of
 
 NAN, INF = math.nan, math.inf
 

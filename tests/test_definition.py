@@ -64,14 +64,14 @@ def test_one_actor_step(env_id, solver, ihvp_kwargs, curvature):
     model.train()
 
     after = model.policy
-    rewards, done = segment.rewards.double(), segment.done.double()
+    block = segment.lambda_return
     segment = segment._replace(
         observations=segment.observations.double(),
         old_log_prob=segment.old_log_prob.double(),
         returns=segment.returns.double(),
-        rewards=rewards,
-        done=done,
-        lambda_return=LambdaReturn(rewards, done, segment.last_returns, model.gamma, model.gae_lambda),
+        lambda_return=LambdaReturn(
+            block.rewards.double(), block.done.double(), block.last_returns, model.gamma, model.gae_lambda
+        ),
     )
     # The critic at the end is the one that the actor's step saw
     critic = nn.Sequential(copy.deepcopy(after.mlp_extractor.value_net), copy.deepcopy(after.value_net)).double()
@@ -125,7 +125,7 @@ def nested_actor_critic(model: BLPO, direct_gradient: Callable[..., list[th.Tens
                 critic_optimizer.zero_grad()
                 nn.functional.mse_loss(policy.predict_values(observations).flatten(), returns).backward()
                 critic_optimizer.step()
-            segments = [s for s in model._segments() if s.rewards.shape[0] == stop - start]
+            segments = [s for s in model._segments() if s.n_transitions == stop - start]
             (segment,) = [s for s in segments if th.equal(s.returns, returns)]
             with th.no_grad():
                 values = policy.predict_values(segment.observations).flatten()

@@ -173,7 +173,8 @@ def test_total_derivative_with_a_linear_critic(seed, inside_rollout):
     features = th.cat([segment.observations, th.ones(len(segment.observations), 1)], dim=1)
     omega = th.cat([p.critic[0].weight.flatten(), p.critic[0].bias]).detach()
     log_prob, theta = as_flat_function(p.actor, p.actor_input)
-    gl, low, high = segment.gamma * segment.gae_lambda, 1 - CLIP_RANGE, 1 + CLIP_RANGE
+    block = segment.lambda_return
+    gl, low, high = block.gamma * block.gae_lambda, 1 - CLIP_RANGE, 1 + CLIP_RANGE
     A = lambda_returns(segment, features @ omega).flatten() - (features @ omega)[:N]
 
     def ratio(theta_):
@@ -190,7 +191,7 @@ def test_total_derivative_with_a_linear_critic(seed, inside_rollout):
     def R(theta_):
         gain, total, totals = (branch(theta_) - branch(theta)) * A, th.zeros(()), []
         for k in reversed(range(N)):
-            total = gain[k] + (0 if segment.done[k, 0] else gl * total)
+            total = gain[k] + (0 if block.done[k, 0] else gl * total)
             totals.append(total)
         return segment.returns + th.stack(totals[::-1])
 

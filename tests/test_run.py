@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_blpo import BLPO
-from sb3_blpo.actor_critic import parameters_of
+from sb3_blpo.optimizers import parameters_of
 
 PPO_KEYS = {
     "learning_rate", "entropy_loss", "policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "loss",
@@ -175,7 +175,7 @@ def test_batch_sizes(batch_size: int, n_envs: int, monkeypatch: pytest.MonkeyPat
     for epoch in np.array_split(np.arange(len(seen.segments)), 2):
         assert sum(seen.segments[i].n_transitions for i in epoch) == rewards.size
     for segment in seen.segments:
-        T, B = segment.rewards.shape
+        T, B = segment.shape
         assert (T, B) == (16, min(batch_size // 16, n_envs)) or (T <= batch_size and B == 1) or T == 16
         assert isinstance(segment.states, th.Tensor)
         observations = np.moveaxis(segment.states.reshape(T, B, 3).numpy(), 1, 0)

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_blpo import BLPO
-from sb3_blpo.actor_critic import parameters_of
+from sb3_blpo.optimizers import parameters_of
 
 
 class Dropping(BaseFeaturesExtractor):

@@ -85,7 +85,7 @@ def test_advantages_under_the_rollouts_critic_are_those_of_sb3(n_steps, n_envs, 
     np.testing.assert_allclose(actual[order[0]], expected[order[1]], rtol=1e-4, atol=1e-5)
     if n_steps == 32:
         truncated = sum(len(segment.truncated) for segment in model._segments())
-        assert 0 < truncated < sum(int(segment.done.sum()) for segment in model._segments())
+        assert 0 < truncated < sum(int(segment.lambda_return.done.sum()) for segment in model._segments())
 
 
 @pytest.mark.parametrize("dict_observations", [False, True])
@@ -98,10 +98,10 @@ def test_blocks_keep_time_order_and_bootstrap_from_what_follows(batch_size, bloc
     key = "a" if dict_observations else None
     observations = buffer.observations["a"] if dict_observations else buffer.observations
     last = model._last_obs["a"] if dict_observations else model._last_obs
-    assert [tuple(s.rewards.shape) for s in segments[: len(blocks)]] == blocks
+    assert [tuple(s.shape) for s in segments[: len(blocks)]] == blocks
     first_step, first_env = 0, 0
     for segment in segments:
-        T, B = segment.rewards.shape
+        T, B = segment.shape
         envs = slice(first_env, first_env + B)
         np.testing.assert_array_equal(
             rows(segment, key)[: T * B], observations[first_step : first_step + T, envs].reshape(T * B, 3)
@@ -110,11 +110,11 @@ def test_blocks_keep_time_order_and_bootstrap_from_what_follows(batch_size, bloc
         following = observations[first_step + T, envs] if first_step + T < 32 else last[envs]
         np.testing.assert_array_equal(rows(segment, key)[T * B : T * B + B], following)
         done = np.append(buffer.episode_starts[1:], model._last_episode_starts[None], axis=0)
-        np.testing.assert_array_equal(segment.done, done[first_step : first_step + T, envs])
+        np.testing.assert_array_equal(segment.lambda_return.done, done[first_step : first_step + T, envs])
         if first_step + T < 32:
-            np.testing.assert_array_equal(segment.last_returns, buffer.returns[first_step + T, envs])
+            np.testing.assert_array_equal(segment.lambda_return.last_returns, buffer.returns[first_step + T, envs])
         else:
-            assert segment.last_returns is None
+            assert segment.lambda_return.last_returns is None
         first_step = (first_step + T) % 32
         first_env += B if first_step == 0 else 0
 
@@ -136,7 +136,7 @@ def test_rewards_lose_the_bootstrap_of_the_rollouts_critic():
     collect_rollout(model)
     (segment,) = model._segments()
     assert len(segment.truncated) > 2
-    np.testing.assert_allclose(segment.rewards[:, 0], true_rewards, atol=1e-4)
+    np.testing.assert_allclose(segment.lambda_return.rewards[:, 0], true_rewards, atol=1e-4)
     assert np.abs(model.rollout_buffer.rewards[:, 0] - true_rewards).max() > 40
 
 
