@@ -210,7 +210,7 @@ def plot_curves(results: Results, path: Path) -> None:
             axis.fill_between(runs.steps, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
         if task.env_id in results.random:
             axis.axhline(results.random[task.env_id], color="black", linewidth=0.8, linestyle=":")
-        axis.set_title(task.env_id, fontsize=11)
+        axis.set_title(task, fontsize=11)
         axis.set_xlim(0, task.n_timesteps)
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
     figure.suptitle("Return along training: mean of the runs with its 95 % interval (dotted: random policy)")

@@ -109,8 +109,8 @@ def _activate(activation: nn.Module, z: th.Tensor) -> tuple[th.Tensor, Callable[
     if type(activation) is nn.ReLU:
         h = z.relu()
         return h, lambda by_h: th.ops.aten.threshold_backward(by_h, h, 0)
-    with th.enable_grad():
-        z = z.detach().requires_grad_()
+    with th.inference_mode(False), th.enable_grad():
+        z = z.clone().requires_grad_()
         h = activation(z)
         derivative = th.autograd.grad(h.sum(), z)[0]
     return h.detach(), lambda by_h: by_h * derivative

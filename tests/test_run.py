@@ -309,6 +309,51 @@ def test_default_optimizers_are_those_of_sb3() -> None:
         assert optimizer.param_groups[0]["eps"] == 1e-5
 
 
+@pytest.mark.parametrize(
+    ("arguments", "by_hand"),
+    [
+        ({}, True),
+        ({"ihvp_solver": "none", "policy_kwargs": {"optimizer_class": th.optim.AdamW}}, True),
+        ({"policy_kwargs": {"activation_fn": nn.ELU}}, True),
+        ({"curvature": "hessian"}, False),
+        ({"env": SpaceEnv(action_space=TORQUES), "use_sde": True}, False),
+        ({"policy_kwargs": {"optimizer_class": th.optim.SGD}}, False),  # another's steps might not be in place
+    ],
+)
+def test_inference_mode_where_nothing_needs_automatic_differentiation(
+    arguments: dict[str, Any], by_hand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small(**arguments)
+    modes = set()
+
+    def spy(*arguments: Any) -> Any:
+        modes.add(th.is_inference_mode_enabled())
+        return original(*arguments)
+
+    original = model.critic.loss_and_gradient
+    monkeypatch.setattr(model.critic, "loss_and_gradient", spy)
+    check_learning(model)
+    assert modes == {by_hand}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_optimizers_step_outside_after_training(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(env=SpaceEnv(action_space=TORQUES)).learn(16)
+    if fails:  # and what the snapshot puts back is ordinary as well
+        monkeypatch.setattr(model, "_check_minibatch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.learn(16)
+    assert model.policy.optimizer.state and model.critic_optimizer.state
+    observations, actions = th.as_tensor(BOX.sample())[None], th.as_tensor(TORQUES.sample())[None]
+    value, log_prob, _ = model.policy.evaluate_actions(observations, actions)
+    # Added to the gradients that training left
+    (value.sum() + log_prob.sum()).backward()
+    for optimizer, parameters in ((model.policy.optimizer, actor_of), (model.critic_optimizer, critic_of)):
+        before = parameters(model)
+        optimizer.step()
+        assert moved(before, parameters(model))
+
+
 class TwoHeads(nn.Module):
     """An extractor of the networks' last hidden layers in the user's own shape."""
 
