@@ -183,8 +183,8 @@ class LinearRows(LayerRows):
         return th.addmm(self.bias_input, self.h, self.h[rows].T).mul_(self.signal @ self.signal[rows].T)
 
     def squared_norm(self, n: int) -> th.Tensor:
-        h_squared = th.linalg.vecdot(self.h[:n], self.h[:n]) + self.bias_input
-        return h_squared @ th.linalg.vecdot(self.signal[:n], self.signal[:n])
+        h, signal = self.h[:n], self.signal[:n]
+        return (th.linalg.vecdot(h, h) + self.bias_input) @ th.linalg.vecdot(signal, signal)
 
 
 class ConvRows(LayerRows):
