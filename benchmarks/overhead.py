@@ -1,7 +1,7 @@
 """
 What BLPO costs beside SB3's PPO at the same schedule.
 
-``python benchmarks/overhead.py`` (about eight minutes on one free core) writes ``benchmarks/results/overhead.csv`` and its
+``python benchmarks/overhead.py`` (about five minutes on one free core) writes ``benchmarks/results/overhead.csv`` and its
 figure; ``--env`` and ``--repeats`` choose a part, whose rows replace the old ones of that environment. All algorithms of an
 environment live in one process with one thread and take turns, one rollout and one ``train()`` each; the ratio is that of two
 turns side by side. The first turn of each is not counted.
