@@ -26,7 +26,7 @@ from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import Solver, make_solver
-from sb3_blpo.optimizers import Snapshot, gradient_vector, inference_mode, make_optimizer, parameters_of
+from sb3_blpo.optimizers import Snapshot, gradient_vector, make_optimizer, parameters_of
 from sb3_blpo.segments import Rollout, Segment, Truncation, each
 
 SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")
@@ -331,32 +331,31 @@ class BLPO(OnPolicyAlgorithm):
         stats: list[dict[str, th.Tensor]] = []
         first_of_epoch = 0
         continue_training = True
-        with self._inference_mode():
-            for epoch in range(self.n_epochs):
-                first_of_epoch = len(stats)
-                # Every minibatch is a stretch of time; their order is random
-                for index in th.randperm(len(segments)).tolist():
-                    segment = segments[index]
-                    with Snapshot.of(self.critic_optimizer, buffers):
-                        # Follower: nested updates towards the best response to the current actor
-                        critic_updates = [self._update_critic(segment, critic_gradient) for _ in range(self.n_critic_updates)]
-                        # Leader: the hypergradient under the new critic
-                        leader = self._hypergradient(segment, clip_range, with_residual=not stats)
-                        actor_norm = th.linalg.vector_norm(leader.gradient)
-                        clip = (self.max_grad_norm / (actor_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_
-                        th.mul(leader.gradient, -clip, out=actor_gradient)
-                        approx_kl = self._check_minibatch(critic_updates, leader, actor_norm)
-                    critic_losses = th.stack([update.loss for update in critic_updates])
-                    stats.append(leader.stats | {"critic_loss_before": critic_losses[0], "value_loss": critic_losses.mean()})
-                    if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
-                        continue_training = False
-                        if self.verbose >= 1:
-                            print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
-                        break
-                    self.policy.optimizer.step()
-                self._n_updates += 1
-                if not continue_training:
+        for epoch in range(self.n_epochs):
+            first_of_epoch = len(stats)
+            # Every minibatch is a stretch of time; their order is random
+            for index in th.randperm(len(segments)).tolist():
+                segment = segments[index]
+                with Snapshot.of(self.critic_optimizer, buffers), th.inference_mode(self._by_hand):
+                    # Follower: nested updates towards the best response to the current actor
+                    critic_updates = [self._update_critic(segment, critic_gradient) for _ in range(self.n_critic_updates)]
+                    # Leader: the hypergradient under the new critic
+                    leader = self._hypergradient(segment, clip_range, with_residual=not stats)
+                    actor_norm = th.linalg.vector_norm(leader.gradient)
+                    clip = (self.max_grad_norm / (actor_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_
+                    th.mul(leader.gradient, -clip, out=actor_gradient)
+                    approx_kl = self._check_minibatch(critic_updates, leader, actor_norm)
+                critic_losses = th.stack([update.loss for update in critic_updates])
+                stats.append(leader.stats | {"critic_loss_before": critic_losses[0], "value_loss": critic_losses.mean()})
+                if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
+                    continue_training = False
+                    if self.verbose >= 1:
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                     break
+                self.policy.optimizer.step()
+            self._n_updates += 1
+            if not continue_training:
+                break
 
         self._log(stats, first_of_epoch, clip_range)
 
@@ -373,10 +372,13 @@ class BLPO(OnPolicyAlgorithm):
         update_learning_rate(self.critic_optimizer, critic_learning_rate)
         self.logger.record("train/critic_learning_rate", critic_learning_rate)
 
-    def _inference_mode(self) -> contextlib.AbstractContextManager[None]:
-        """Switch automatic differentiation off where nothing needs it: both networks are differentiated by hand."""
-        by_hand = self.actor.chain is not None and self.critic.chain is not None and self.curvature == "gauss_newton"
-        return inference_mode(by_hand, self.policy.optimizer, self.critic_optimizer)
+    @property
+    def _by_hand(self) -> bool:
+        """
+        Whether no minibatch needs automatic differentiation: without its bookkeeping small networks take a tenth less
+        time. A subclass that does need it says so here.
+        """
+        return self.actor.chain is not None and self.critic.chain is not None and self.curvature == "gauss_newton"
 
     def _segments(self) -> list[Segment]:
         """Cut the rollout into minibatches."""
@@ -405,7 +407,8 @@ class BLPO(OnPolicyAlgorithm):
         """One step of the follower on the mean squared error against the rollout's lambda-returns."""
         loss, gradient = self.critic.loss_and_gradient(segment.states, segment.returns)
         gradient_vector.copy_(gradient)
-        self.critic_optimizer.step()
+        with th.inference_mode(False):  # its state, and what its hooks make of it, is used elsewhere too
+            self.critic_optimizer.step()
         return CriticUpdate(loss, th.linalg.vector_norm(gradient))
 
     def _hypergradient(self, segment: Segment, clip_range: float, with_residual: bool) -> Hypergradient:

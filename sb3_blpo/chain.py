@@ -112,7 +112,7 @@ def _activate(activation: nn.Module, z: th.Tensor) -> tuple[th.Tensor, Callable[
     if type(activation) is nn.ReLU:
         h = z.relu()
         return h, lambda by_h: th.ops.aten.threshold_backward(by_h, h, 0)
-    with th.inference_mode(False), th.enable_grad():
+    with th.inference_mode(False):  # which switches gradients on; a tensor made in that mode has none, a copy has
         z = z.clone().requires_grad_()
         h = activation(z)
         derivative = th.autograd.grad(h.sum(), z)[0]

@@ -1,18 +1,12 @@
 """
-The optimizers of leader and follower: how they are made, their parameters, stepping without automatic differentiation, and
-undoing what one of them did.
+The optimizers of leader and follower: how they are made, their parameters, and undoing what one of them did.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
-
-#: torch's own that change parameters and states in place
-IN_PLACE = (th.optim.Adam, th.optim.AdamW)
 
 
 def make_optimizer(policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter], learning_rate: float) -> th.optim.Optimizer:
@@ -23,7 +17,7 @@ def make_optimizer(policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter
     :return: The optimizer
     """
     kwargs: dict[str, Any] = policy.optimizer_kwargs
-    if policy.optimizer_class in IN_PLACE:
+    if policy.optimizer_class in (th.optim.Adam, th.optim.AdamW):
         # One kernel for all parameters: for small networks several times faster, on the CPU too
         kwargs = {"fused": not any(name in kwargs for name in ("foreach", "capturable", "differentiable"))} | kwargs
     return policy.optimizer_class(list(parameters.values()), lr=learning_rate, **kwargs)  # type: ignore[call-arg]
@@ -48,25 +42,6 @@ def gradient_vector(parameters: list[th.Tensor]) -> th.Tensor:
     for parameter, part in zip(parameters, vector.split([parameter.numel() for parameter in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
     return vector
-
-
-@contextlib.contextmanager
-def inference_mode(enabled: bool, *optimizers: th.optim.Optimizer) -> Iterator[None]:
-    """
-    torch's inference mode, with steps of optimizers in it: without the bookkeeping of automatic differentiation small networks
-    take a tenth less time.
-
-    :param enabled: Whether to switch it on if the optimizers are :data:`IN_PLACE`; otherwise automatic differentiation is on
-    :param optimizers: Those that step in it. Their states can be used outside afterwards
-    :return: A context manager
-    """
-    try:
-        with th.inference_mode(enabled and all(type(optimizer) in IN_PLACE for optimizer in optimizers)):
-            yield
-    finally:
-        for state in (state for optimizer in optimizers for state in optimizer.state.values()):
-            made_inside = [key for key, value in state.items() if isinstance(value, th.Tensor) and value.is_inference()]
-            state.update({key: state[key].clone() for key in made_inside})
 
 
 class Snapshot(NamedTuple):
