@@ -49,7 +49,7 @@ results: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage stage1
 	$(BIN)/python benchmarks/report.py
 
-# What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 4 core-hours, 3 after `results`; a killed run
+# What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 5 core-hours, 4 after `results`; a killed run
 # goes on where it was
 ablation: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage ablation
