@@ -19,7 +19,6 @@ import numpy as np
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_blpo import BLPO
@@ -101,7 +100,7 @@ class Stopwatch:
         setattr(owner, method, timed)
 
 
-def make(env_id: str, variant: dict[str, Any] | None) -> OnPolicyAlgorithm:
+def make(env_id: str, variant: dict[str, Any] | None) -> PPO | BLPO:
     """
     :param env_id: Environment
     :param variant: Arguments of BLPO, ``None``: PPO
@@ -141,7 +140,7 @@ def measure(env_id: str, repeats: int) -> list[Turn]:
             if repeat >= 0:
                 turns.append(Turn(
                     env_id, name, repeat, collection, training, critic.seconds / critic.calls if critic else 0.0,
-                    model.n_epochs * n_transitions // model.batch_size,  # type: ignore[attr-defined]
+                    model.n_epochs * n_transitions // model.batch_size,
                 ))  # fmt: skip
     for model in models.values():
         assert model.env is not None

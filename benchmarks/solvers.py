@@ -155,7 +155,7 @@ def minibatches(model: BLPO) -> Iterator[tuple[Problem, Jacobian]]:
         observations = observations.float()
         coefficients = segment.return_gradient(th.full((n,), 1 / n))
         residuals = model.critic.values(observations)[:n] - segment.returns
-        problem = Problem(lambda x=observations: ChainJacobian(chain, x), coefficients, residuals)  # type: ignore[misc]
+        problem = Problem(functools.partial(ChainJacobian, chain, observations), coefficients, residuals)
         yield problem, ChainJacobian(copy.deepcopy(chain).double(), observations.double())
 
 

@@ -339,20 +339,20 @@ def test_inference_mode_where_nothing_needs_automatic_differentiation(
 def test_optimizers_step_outside_after_training(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(env=SpaceEnv(action_space=TORQUES))
     kept: dict[th.optim.Optimizer, list[th.Tensor]] = {model.policy.optimizer: [], model.critic_optimizer: []}
-    for optimizer, tensors in kept.items():
 
-        def keep(optimizer: th.optim.Optimizer, *_: Any, tensors: list[th.Tensor] = tensors) -> None:
-            tensors.append(parameters_of(optimizer)[0].detach().clone())
+    def keep(optimizer: th.optim.Optimizer, *_: Any) -> None:
+        kept[optimizer].append(parameters_of(optimizer)[0].detach().clone())
 
+    for optimizer in kept:
         optimizer.register_step_post_hook(keep)
     model.learn(16)
     if fails:  # and what the snapshot puts back is ordinary as well
         monkeypatch.setattr(model, "_check_minibatch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.learn(16)
-    for optimizer in (model.policy.optimizer, model.critic_optimizer):
+    for optimizer, tensors in kept.items():
         assert optimizer.state
-        assert kept[optimizer] and not any(tensor.is_inference() for tensor in kept[optimizer])
+        assert tensors and not any(tensor.is_inference() for tensor in tensors)
     observations, actions = th.as_tensor(BOX.sample())[None], th.as_tensor(TORQUES.sample())[None]
     value, log_prob, _ = model.policy.evaluate_actions(observations, actions)
     # Added to the gradients that training left
