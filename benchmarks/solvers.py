@@ -16,6 +16,7 @@ core. Times are CPU times of one thread, in float32: other jobs on the machine h
 """
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
