@@ -27,7 +27,6 @@ from stable_baselines3.common.torch_layers import (
 )
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
-from torch.distributions import Distribution as TorchDistribution
 from torch.nn import functional as F
 from torch.nn.modules import activation
 
@@ -83,34 +82,72 @@ def split_parameters(
 
     :param policy: The policy
     :param observation_space: Of the policy
-    :return: The actor's and the critic's trainable parameters by name, in the policy's order
-    :raises ValueError: If a parameter belongs to both or to neither
+    :return: The actor's and the critic's parameters by name, in the policy's order; frozen ones too, so that they can be
+        trained later
+    :raises ValueError: If a trainable parameter belongs to both or to neither
     """
-    named = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    named = {name: parameter for name, parameter in policy.named_parameters() if parameter.is_floating_point()}
+    parameters = list(named.values())
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     training = policy.training
     policy.set_training_mode(False)
-    with th.enable_grad():
-        # A copy of the space: sampling must not disturb an environment that draws from its own space
-        observation = policy.obs_to_tensor(copy.deepcopy(observation_space).sample())[0]
-        distribution = policy.get_distribution(observation)
-        log_prob = distribution.log_prob(distribution.get_actions(deterministic=True)).sum()
-        value = policy.predict_values(observation).sum()
-    parameters = list(named.values())
-    by_actor = th.autograd.grad(log_prob, parameters, allow_unused=True)
-    by_critic = th.autograd.grad(value, parameters, allow_unused=True)
-    with th.no_grad():
-        policy.get_distribution(observation)  # the policy keeps it, and could not be copied with the graph in it
-    policy.set_training_mode(training)
-    actor = {name: p for (name, p), grad in zip(named.items(), by_actor, strict=True) if grad is not None}
-    critic = {name: p for (name, p), grad in zip(named.items(), by_critic, strict=True) if grad is not None}
-    for name in named:
-        if (name in actor) == (name in critic):
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with th.enable_grad():
+            # A copy of the space: sampling must not disturb an environment that draws from its own space
+            observation = policy.obs_to_tensor(copy.deepcopy(observation_space).sample())[0]
+            with th.no_grad():
+                actions = policy.get_distribution(observation).get_actions(deterministic=True)
+            log_prob = log_prob_and_entropy(policy, observation, actions)[0].sum()
+            value = policy.predict_values(observation).sum()
+        by_actor = th.autograd.grad(log_prob, parameters, allow_unused=True)
+        by_critic = th.autograd.grad(value, parameters, allow_unused=True)
+        with th.no_grad():
+            policy.get_distribution(observation)  # the policy keeps it, and could not be copied with the graph in it
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        policy.set_training_mode(training)
+    actor: dict[str, nn.Parameter] = {}
+    critic: dict[str, nn.Parameter] = {}
+    for (name, parameter), of_actor, of_critic in zip(named.items(), by_actor, by_critic, strict=True):
+        if (of_actor is None) != (of_critic is None):
+            (critic if of_actor is None else actor)[name] = parameter
+        elif parameter.requires_grad:
             raise ValueError(
                 f"BLPO needs an actor and a critic without common parameters, but `{name}` of {type(policy).__name__} belongs "
-                f"to {'both' if name in actor else 'neither'}; every trainable parameter must affect either the action "
+                f"to {'neither' if of_actor is None else 'both'}; every trainable parameter must affect either the action "
                 "distribution or the value."
             )
     return actor, critic
+
+
+def log_prob_and_entropy(
+    policy: ActorCriticPolicy, observations: PyTorchObs, actions: th.Tensor
+) -> tuple[th.Tensor, th.Tensor | None]:
+    """
+    :param policy: The policy
+    :param observations: (n, ...)
+    :param actions: (n, ...)
+    :return: log pi(a|s) (n,) and the entropy of pi(.|s) (n,), ``None`` where it has no closed form
+    """
+    if _is_sb3(policy, "evaluate_actions"):
+        distribution = policy.get_distribution(observations)
+        return distribution.log_prob(actions), distribution.entropy()
+    # A policy of the user's own: what PPO trains
+    return policy.evaluate_actions(observations, actions)[1:]
+
+
+def appearance(policy: ActorCriticPolicy) -> list[bool]:
+    """
+    What of a policy decides how :class:`Actor` and :class:`Critic` treat it, and may change at any time.
+
+    :param policy: The policy
+    :return: Of each parameter whether it is trained and whether it has hooks, of each module whether it has
+    """
+    of_parameters = [flag for p in policy.parameters() for flag in (p.requires_grad, bool(p._backward_hooks))]
+    return of_parameters + [_is_hooked(module) for module in policy.modules()]
 
 
 class Critic(nn.Module):
@@ -118,14 +155,15 @@ class Critic(nn.Module):
     The policy's value function as a module of its own.
 
     :param policy: The policy
-    :param parameters: The critic's trainable parameters by their names in the policy
+    :param parameters: The critic's trainable parameters
     """
 
-    def __init__(self, policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> None:
         super().__init__()
         self.policy = policy
-        self.trainable: dict[str, th.Tensor] = {f"policy.{name}": parameter for name, parameter in parameters.items()}
-        self.layers = plain_layers(policy, list(parameters.values()))
+        names = {id(parameter): f"policy.{name}" for name, parameter in policy.named_parameters()}
+        self.trainable: dict[str, th.Tensor] = {names[id(parameter)]: parameter for parameter in parameters}
+        self.layers = plain_layers(policy, parameters)
         self.chain: Chain | None = None
         if self.layers is not None:
             self.chain = chain_of(policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net)
@@ -162,8 +200,7 @@ class Critic(nn.Module):
             residuals = tape.outputs - returns[:, None]
             return residuals.square().mean(), th.cat(tape.gradient(tape.signals(residuals * (2 / len(returns)))))
         loss = F.mse_loss(self(observations), returns)
-        gradients = th.autograd.grad(loss, list(self.trainable.values()), allow_unused=True, materialize_grads=True)
-        return loss.detach(), th.cat([gradient.flatten() for gradient in gradients])
+        return loss.detach(), flat_gradient([loss], list(self.trainable.values()))
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -202,7 +239,7 @@ class Critic(nn.Module):
         return flat_features(self.policy, self.policy.vf_features_extractor, observations)
 
 
-def plain_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> list[nn.Linear | nn.Conv2d] | None:
+def plain_layers(policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> list[nn.Linear | nn.Conv2d] | None:
     """
     See whether the critic is made of SB3's own parts with nothing but Linear and Conv2d layers and elementwise activations in
     them, so that everything the solvers need follows from the layers' inputs and signals.
@@ -211,17 +248,15 @@ def plain_layers(policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> l
     :param parameters: The critic's trainable parameters
     :return: The layers in the order of the parameters; ``None`` for any other critic
     """
-    if not _is_sb3(policy, "predict_values") or type(policy.mlp_extractor) is not MlpExtractor:
+    if not _is_sb3(policy, "predict_values", "extract_features") or type(policy.mlp_extractor) is not MlpExtractor:
         return None
     parts = [policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net]
-    modules = [module for part in parts for module in part.modules()]
+    modules = [module for part in parts for _, module in part.named_modules(remove_duplicate=False)]
     if not all(map(_is_plain, modules)):
         return None
     layers = [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d)]
     # Same parameters in the same order: nothing frozen, nothing beside the layers, no layer used twice
-    chain = [parameter for layer in layers for parameter in layer.parameters()]
-    same = len(chain) == len(parameters) and all(a is b for a, b in zip(chain, parameters, strict=True))
-    return layers if same else None
+    return layers if _are_same([parameter for layer in layers for parameter in layer.parameters()], parameters) else None
 
 
 def chain_of(extractor: nn.Module, *networks: nn.Module) -> Chain | None:
@@ -233,8 +268,9 @@ def chain_of(extractor: nn.Module, *networks: nn.Module) -> Chain | None:
     :return: Their layers; ``None`` if there is something else, or if features are more than the flattened observation
     """
     modules = [part for network in networks for part in (network if type(network) is nn.Sequential else [network])]
-    plain = all(type(module) is nn.Linear or (type(module) in ELEMENTWISE and _is_plain(module)) for module in modules)
-    return Chain(modules) if plain and type(extractor) is FlattenExtractor else None
+    plain = all(type(module) in (nn.Linear, *ELEMENTWISE) and _is_plain(module) for module in modules)
+    hooked = any(map(_is_hooked, [extractor, *networks])) or any(p._backward_hooks for m in modules for p in m.parameters())
+    return Chain(modules) if plain and not hooked and type(extractor) is FlattenExtractor else None
 
 
 def flat_features(policy: ActorCriticPolicy, extractor: BaseFeaturesExtractor, observations: PyTorchObs) -> th.Tensor:
@@ -251,12 +287,25 @@ def flat_features(policy: ActorCriticPolicy, extractor: BaseFeaturesExtractor, o
 
 
 def _is_plain(module: nn.Module) -> bool:
+    # What prunes or normalises weights computes them from parameters of other names, or in hooks
+    if _is_hooked(module) or not module._parameters.keys() <= {"weight", "bias"}:
+        return False
     if isinstance(module, nn.Conv2d):
         zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return type(module) is nn.Conv2d and module.groups == 1 and zeros
     if type(module) in ELEMENTWISE:
         return not getattr(module, "inplace", False)
     return type(module) in (nn.Linear, nn.Flatten, *CONTAINERS)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _are_same(some: Sequence[th.Tensor], others: Sequence[th.Tensor]) -> bool:
+    """Whether two sequences hold the same tensors in the same order."""
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 class ActionLikelihood(NamedTuple):
@@ -289,10 +338,24 @@ def likelihood(parameters: Sequence[th.Tensor], log_prob: th.Tensor, entropy: th
         if by_entropy is not None:
             assert entropy is not None
             outputs, by_outputs = [log_prob, entropy], [by_log_prob, by_entropy]
-        gradients = th.autograd.grad(outputs, parameters, by_outputs, retain_graph=True)
-        return th.cat([part.flatten() for part in gradients])
+        return flat_gradient(outputs, parameters, by_outputs)
 
     return ActionLikelihood(log_prob.detach(), None if entropy is None else entropy.detach(), gradient)
+
+
+def flat_gradient(
+    outputs: Sequence[th.Tensor], parameters: Sequence[th.Tensor], by_outputs: Sequence[th.Tensor] | None = None
+) -> th.Tensor:
+    """
+    :param outputs: What to differentiate; may be differentiated again
+    :param parameters: By what: any number
+    :param by_outputs: Weights of the outputs' elements; ``None``: 1
+    :return: The gradient, flattened and joined; 0 for what the outputs do not depend on (n_params,)
+    """
+    if not parameters:
+        return outputs[0].new_zeros(0)
+    gradients = th.autograd.grad(outputs, parameters, by_outputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return th.cat([gradient.flatten() for gradient in gradients])
 
 
 class Actor:
@@ -303,18 +366,20 @@ class Actor:
     :param parameters: The actor's trainable parameters
     """
 
-    def __init__(self, policy: ActorCriticPolicy, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> None:
         self.policy = policy
         self.parameters = parameters
+        own = _is_sb3(policy, "extract_features", "get_distribution", "evaluate_actions")
         #: Whether :meth:`act` may take the place of the policy's ``forward()``
-        self.acts_as_sb3 = _is_sb3(policy, "forward", "get_distribution", "predict_values")
+        self.acts_as_sb3 = own and _is_sb3(policy, "forward", "predict_values") and not any(map(_is_hooked, policy.modules()))
         self.chain: Chain | None = None
-        plain = _is_sb3(policy, "get_distribution", "_get_action_dist_from_latent")
+        plain = own and _is_sb3(policy, "_get_action_dist_from_latent")
         if plain and type(policy.mlp_extractor) is MlpExtractor and type(policy.action_dist) in WRITTEN_OUT:
             chain = chain_of(policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
-            own = [policy.log_std] if type(policy.action_dist) is DiagGaussianDistribution else []
-            wanted = [] if chain is None else [*own, *chain.parameters()]
-            if len(wanted) == len(parameters) and all(a is b for a, b in zip(wanted, parameters, strict=True)):
+            beside = [policy.log_std] if type(policy.action_dist) is DiagGaussianDistribution else []
+            layers = [] if chain is None else chain.layers
+            differentiated = [*beside, *(parameter for layer in layers for parameter in layer.parameters())]
+            if _are_same(differentiated, parameters) and not any(p._backward_hooks for p in beside):
                 self.chain = chain
 
     def act(self, observations: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
@@ -349,8 +414,7 @@ class Actor:
         """
         if self.chain is not None:
             return self._chain_likelihood(self.chain, observations, actions)
-        distribution = self.policy.get_distribution(observations)
-        return likelihood(self.parameters, distribution.log_prob(actions), distribution.entropy())
+        return likelihood(self.parameters, *log_prob_and_entropy(self.policy, observations, actions))
 
     @th.no_grad()
     def _chain_likelihood(self, chain: Chain, observations: PyTorchObs, actions: th.Tensor) -> ActionLikelihood:
@@ -379,20 +443,23 @@ class Actor:
         return flat_features(self.policy, self.policy.pi_features_extractor, observations)
 
 
-@contextlib.contextmanager
-def without_validation() -> Iterator[None]:
+class LeanForward:
     """
-    Switch the validation of torch's distributions off for a while: for small networks a quarter of the time of acting. What it
-    would find is found by the checks for NaN.
+    :meth:`Actor.act` in the place of the policy's ``forward()``, while a rollout is collected. A copy of the policy has its
+    own ``forward()``.
 
-    :return: A context manager
+    :param actor: The actor
     """
-    before = TorchDistribution._validate_args
-    TorchDistribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        TorchDistribution.set_default_validate_args(before)
+
+    def __init__(self, actor: Actor) -> None:
+        self.actor = actor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        return self.actor.act(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Resolved before the copy has attributes of its own: the method of its class
+        return getattr, (self.actor.policy, "forward")
 
 
 def _is_sb3(policy: ActorCriticPolicy, *methods: str) -> bool:

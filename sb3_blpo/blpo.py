@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_blpo.actor_critic import Actor, Critic, split_parameters, unshare_features_extractor, without_validation
+from sb3_blpo.actor_critic import Actor, Critic, LeanForward, appearance, split_parameters, unshare_features_extractor
 from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
@@ -94,7 +94,8 @@ class BLPO(OnPolicyAlgorithm):
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE.
         Default: -1 (only sample at the beginning of the rollout)
     :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected. Its ``get()`` is
-        not called
+        not called, and its ``advantages`` are not used: they are estimated anew from its ``rewards`` under the updated
+        critic, which is fitted to its ``returns``. Rewards of one's own (intrinsic ones) belong into an environment's wrapper
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
@@ -116,6 +117,8 @@ class BLPO(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }
 
+    _known_policy: ActorCriticPolicy | None = None
+    _known_looks: Any = None
     clip_range: Any  # a float or schedule as the user passes it, a FloatSchedule from `_setup_model` on
     actor: Actor
     critic: Critic
@@ -204,18 +207,30 @@ class BLPO(OnPolicyAlgorithm):
         super()._setup_model()
         self.clip_range = FloatSchedule(self.clip_range)
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
-        unshare_features_extractor(self.policy)
-        actor, critic = split_parameters(self.policy, self.observation_space)
-        self.policy.optimizer = make_optimizer(self.policy, actor, self.lr_schedule(1))
-        self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1))
-        self.actor = Actor(self.policy, list(actor.values()))
-        self.critic = Critic(self.policy, critic)
+        self._look_at_policy()
         settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
         self.damping = settings.pop("damping")
         self.solver = make_solver(self.ihvp_solver, **settings)
         self._check_sizes()
         if self.sketch_generator is None:
             self.sketch_generator = th.Generator().manual_seed(int(th.randint(2**62, ())))
+
+    def _look_at_policy(self) -> None:
+        """
+        Split the policy into actor and critic, anew where it is no longer the same: users put another policy or optimizer in
+        its place, freeze parameters and register hooks between updates.
+        """
+        if self._known_policy is not self.policy:
+            unshare_features_extractor(self.policy)
+            actor, critic = split_parameters(self.policy, self.observation_space)
+            self.policy.optimizer = make_optimizer(self.policy, actor, self.lr_schedule(1))
+            self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1))
+            self._known_policy = self.policy
+        looks = (self.policy.optimizer, self.critic_optimizer, appearance(self.policy))
+        if self._known_looks != looks:
+            self.actor = Actor(self.policy, parameters_of(self.policy.optimizer))
+            self.critic = Critic(self.policy, parameters_of(self.critic_optimizer))
+            self._known_looks = looks
 
     def _check_sizes(self) -> None:
         """Refuse a dense solve that does not fit; warn of minibatches that do not divide the rollout, as PPO does."""
@@ -260,6 +275,7 @@ class BLPO(OnPolicyAlgorithm):
         :raises ValueError: If an observation holds NaN
         """
         self._truncations = []
+        self._look_at_policy()
         try:
             with self._lean_acting(rollout_buffer):
                 return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
@@ -271,21 +287,26 @@ class BLPO(OnPolicyAlgorithm):
     @contextlib.contextmanager
     def _lean_acting(self, rollout_buffer: RolloutBuffer) -> Iterator[None]:
         """Act without the critic; when the rollout is full, it sees all observations at once: nobody needs values earlier."""
-        if not (self.actor.acts_as_sb3 and type(rollout_buffer) in (RolloutBuffer, DictRolloutBuffer)):
+        whole = self.actor.acts_as_sb3 and type(rollout_buffer) in (RolloutBuffer, DictRolloutBuffer)
+        if not whole or "forward" in vars(self.policy):
             yield
             return
 
-        def with_values(last_values: th.Tensor, dones: np.ndarray) -> None:
-            rollout_buffer.values[:] = self._rollout_values(rollout_buffer.observations).cpu().numpy()
-            type(rollout_buffer).compute_returns_and_advantage(rollout_buffer, last_values, dones)
+        def end() -> None:
+            vars(self.policy).pop("forward", None)
+            vars(rollout_buffer).pop("compute_returns_and_advantage", None)
 
-        self.policy.forward = self.actor.act  # type: ignore[method-assign, assignment]
+        def with_values(last_values: th.Tensor, dones: np.ndarray) -> None:
+            end()  # before callbacks see them again
+            rollout_buffer.values[:] = self._rollout_values(rollout_buffer.observations).cpu().numpy()
+            rollout_buffer.compute_returns_and_advantage(last_values, dones)
+
+        self.policy.forward = LeanForward(self.actor)  # type: ignore[method-assign]
         rollout_buffer.compute_returns_and_advantage = with_values  # type: ignore[method-assign]
         try:
-            with without_validation():
-                yield
+            yield
         finally:
-            del self.policy.forward, rollout_buffer.compute_returns_and_advantage
+            end()
 
     def _rollout_values(self, observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
         """Values of a rollout's observations (n_steps, n_envs)."""
@@ -316,17 +337,17 @@ class BLPO(OnPolicyAlgorithm):
         :raises ValueError: If NaN or infinity shows up in the rollout or in a gradient; both networks and optimizers are then
             as they were at the start of the minibatch that failed
         """
+        self._look_at_policy()
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         clip_range = scheduled("clip_range", self.clip_range, self._current_progress_remaining)
         buffers = list(self.policy.buffers())
-        actor_gradient = gradient_vector(parameters_of(self.policy.optimizer))
-        critic_gradient = gradient_vector(parameters_of(self.critic_optimizer))
+        actor_gradient = gradient_vector(self.policy.optimizer)
+        critic_gradient = gradient_vector(self.critic_optimizer)
         segments = self._segments()
         if self.solver is not None:
             assert self.sketch_generator is not None
-            critic_vector = th.nn.utils.parameters_to_vector(parameters_of(self.critic_optimizer)).detach()
-            self.solver.draw(critic_vector, self.sketch_generator)
+            self.solver.draw(critic_gradient, self.sketch_generator)
 
         stats: list[dict[str, th.Tensor]] = []
         first_of_epoch = 0
@@ -413,12 +434,11 @@ class BLPO(OnPolicyAlgorithm):
 
     def _hypergradient(self, segment: Segment, clip_range: float, with_residual: bool) -> Hypergradient:
         """The leader's gradient on one minibatch."""
-        with without_validation():
-            likelihood = self.actor.likelihood(segment.states, segment.actions)
+        likelihood = self.actor.likelihood(segment.states, segment.actions)
         # The values that the leader reckons with must not depend on the minibatch's statistics or on dropout
         with self.critic.evaluation_mode():
             jacobian = None
-            if self.solver is None:
+            if self.solver is None or not self.critic.trainable:  # what is frozen does not respond
                 values = self.critic.values(segment.observations)
             else:
                 assert self.sketch_generator is not None
@@ -429,7 +449,7 @@ class BLPO(OnPolicyAlgorithm):
                 segment,
                 values,
                 jacobian,
-                self.solver,
+                None if jacobian is None else self.solver,
                 clip_range=clip_range,
                 normalize_advantage=self.normalize_advantage,
                 ent_coef=self.ent_coef,
@@ -468,7 +488,7 @@ class BLPO(OnPolicyAlgorithm):
         means = {name: column.mean() for name, column in columns.items()}
         means["loss"] = columns["loss"][-1]
         means["approx_kl"] = columns["approx_kl"][first_of_epoch:].mean()
-        if self.solver is not None:
+        if "correction_skipped" in columns:
             done = columns["correction_skipped"] == 0
             means["correction_skipped"] = len(done) - done.sum()
             for name in ("correction_ratio", "correction_cosine", "correction_capped"):
@@ -575,9 +595,21 @@ class BLPO(OnPolicyAlgorithm):
             super().set_parameters(cast(TensorDict, before))
             raise
 
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Set the seed of the pseudo-random generators (python, numpy, pytorch, gym, action_space), and of the solver's.
+
+        :param seed: The seed; ``None``: nothing changes
+        """
+        super().set_random_seed(seed)
+        # A model that is just being loaded keeps the generator of the file
+        if seed is not None and self.sketch_generator is not None and hasattr(self, "solver"):
+            self.sketch_generator.manual_seed(seed)
+
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
         return [*state_dicts, "critic_optimizer"], tensors
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "solver", "_truncations"]
+        own = ["actor", "critic", "solver", "_known_policy", "_known_looks", "_truncations"]
+        return [*super()._excluded_save_params(), *own]

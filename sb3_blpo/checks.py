@@ -22,6 +22,8 @@ def scheduled(name: str, schedule: Schedule, progress_remaining: float) -> float
     :raises ValueError: If that is negative, NaN or infinite, or no number
     """
     value: Any = schedule(progress_remaining)
+    if getattr(value, "ndim", None) == 0:  # of NumPy or torch
+        value = value.item()
     if not NON_NEGATIVE.check(value):
         raise ValueError(f"`{name}` must be finite and >= 0, but is {value!r} at progress_remaining={progress_remaining}.")
     return float(value)
@@ -122,6 +124,17 @@ IHVP_RULES: dict[str, Rule] = {
 }
 
 
+def check(name: str, rule: Rule, value: Any) -> None:
+    """
+    :param name: Of an argument, for the message
+    :param rule: What is allowed
+    :param value: The argument
+    :raises ValueError: If it is not allowed
+    """
+    if not rule.check(value):
+        raise ValueError(f"`{name}` must be {rule.allowed}, got {value!r}.")
+
+
 def check_arguments(model: Any) -> None:
     """
     Check all of BLPO's arguments; here, and not in the constructor, because ``load`` sets them after it.
@@ -131,12 +144,10 @@ def check_arguments(model: Any) -> None:
     """
     for name, rule in ARGUMENT_RULES.items():
         value = getattr(model, name)
-        if not rule.check(value):
-            raise ValueError(f"`{name}` must be {rule.allowed}, got {value!r}.")
+        check(name, rule, value)
         if rule is RATE and callable(value):
             scheduled(name, value, 1.0)
     for key, value in (model.ihvp_kwargs or {}).items():
         if key not in IHVP_RULES:
             raise ValueError(f"`ihvp_kwargs` takes {', '.join(map(repr, IHVP_RULES))}, got {key!r}.")
-        if not IHVP_RULES[key].check(value):
-            raise ValueError(f"`ihvp_kwargs[{key!r}]` must be {IHVP_RULES[key].allowed}, got {value!r}.")
+        check(f"ihvp_kwargs[{key!r}]", IHVP_RULES[key], value)

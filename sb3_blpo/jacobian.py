@@ -6,15 +6,17 @@ Products with the critic's Jacobian J, whose row j is the gradient of the value 
 every other critic through torch.func.
 """
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch as th
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sb3_blpo.chain import Chain
 
@@ -230,8 +232,8 @@ class ConvRows(LayerRows):
 class LayerJacobian(Jacobian):
     """
     Jacobian of a critic whose parameters all belong to Linear and Conv2d layers, each used once, and whose values do not
-    depend on one another's observations. One forward and one backward pass give all layers' inputs and signals, and J is never
-    formed.
+    depend on one another's observations. One forward and one backward pass give all layers' inputs and signals, and J is not
+    formed, but for Conv2d layers.
 
     :param critic: Maps observations to values (n_rows,) or (n_rows, 1)
     :param observations: Its input
@@ -360,7 +362,13 @@ class FunctionalJacobian(Jacobian):
     def J_v(self, v: th.Tensor) -> th.Tensor:
         if v.ndim == 2:
             return th.stack([self.J_v(column) for column in v.T], dim=1)
-        return th.func.jvp(self.critic, (self.parameters,), (_unflatten(v, self.parameters),))[1]
+        tangent = _unflatten(v, self.parameters)
+        try:
+            return th.func.jvp(self.critic, (self.parameters,), (tangent,))[1]
+        except NotImplementedError:  # attention, LSTM, weight_norm: the derivative of w -> J^T w, which is linear in w
+            with _twice_differentiable():
+                Jt_w = th.func.vjp(self.critic, self.parameters)[1]
+                return th.func.vjp(lambda w: Jt_w(w)[0], th.zeros_like(self.values))[1](tangent)[0]
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
         if w.ndim == 2:
@@ -400,4 +408,24 @@ def _hessian_v(
     critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], w: th.Tensor, v: th.Tensor
 ) -> th.Tensor:
     gradient = th.func.grad(lambda p: (w * critic(p)).sum())
-    return _flatten(th.func.jvp(gradient, (parameters,), (_unflatten(v, parameters),))[1])
+    tangent = _unflatten(v, parameters)
+    try:
+        return _flatten(th.func.jvp(gradient, (parameters,), (tangent,))[1])
+    except NotImplementedError:  # as above; a Hessian is symmetric
+        with _twice_differentiable():
+            return _flatten(th.func.vjp(gradient, parameters)[1](tangent)[0])
+
+
+@contextlib.contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Without kernels that can be differentiated only once, and not forward."""
+    backends: Any = (th.backends.mkldnn, th.backends.cudnn)  # their LSTMs
+    enabled = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for backend, before in zip(backends, enabled, strict=True):
+            backend.enabled = before

@@ -26,19 +26,20 @@ def make_optimizer(policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter
 def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
     """
     :param optimizer: An optimizer
-    :return: Its parameters, in order
+    :return: Those of its parameters that are not frozen, in order
     """
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
 
 
-def gradient_vector(parameters: list[th.Tensor]) -> th.Tensor:
+def gradient_vector(optimizer: th.optim.Optimizer) -> th.Tensor:
     """
-    :param parameters: Parameters of one optimizer; their ``grad`` is set to views of the result
-    :return: A vector that holds all of their gradients, zero now
+    :param optimizer: An optimizer; the ``grad`` of its parameters is set to views of the result, of frozen ones to ``None``
+    :return: A vector that holds the gradients of :func:`parameters_of` it, zero now
     """
-    vector = th.zeros(
-        sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype, device=parameters[0].device
-    )
+    optimizer.zero_grad()
+    parameters = parameters_of(optimizer)
+    example: th.Tensor = optimizer.param_groups[0]["params"][0]
+    vector = example.new_zeros(sum(parameter.numel() for parameter in parameters))
     for parameter, part in zip(parameters, vector.split([parameter.numel() for parameter in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
     return vector

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from sb3_blpo.archive import atomic_file
 from sb3_blpo.blpo import BLPO
+from sb3_blpo.checks import POSITIVE, check
 
 #: What a checkpoint has more than a saved model
 ENTRY = "resume.pkl"
@@ -35,20 +36,28 @@ class ResumableCheckpoint(BaseCallback):
     Resume with the same callback: what it does is then the same, too.
 
     :param save_path: The zip
-    :param save_freq: Number of timesteps between checkpoints, at least; they wait for the end of a rollout
+    :param save_freq: Number of timesteps between checkpoints, > 0; they wait for the end of a rollout, so that
+        ``EveryNTimesteps`` and its like, which pass on steps alone, cannot call it
     :param reset_env: For environments that cannot be pickled (``SubprocVecEnv``, Box2D, Atari, a ``Monitor`` with a file):
         seed and reset them at each checkpoint instead, and keep the statistics of ``VecNormalize``. This cuts their episodes
         short, and is exact if the seed determines all that they do
     :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint is saved
+    :raises ValueError: If ``save_freq`` is not allowed, or the callback is inside of one that passes on steps alone
     """
 
     def __init__(self, save_path: str | Path, save_freq: int = 1, reset_env: bool = False, verbose: int = 0) -> None:
         super().__init__(verbose)
+        check("save_freq", POSITIVE, save_freq)
         self.save_path = save_path
         self.save_freq = save_freq
         self.reset_env = reset_env
 
     def _init_callback(self) -> None:
+        if self.parent is not None:
+            raise ValueError(
+                f"`ResumableCheckpoint` cannot be inside of {type(self.parent).__name__}, which passes on steps alone; give "
+                "it to `learn` itself, with a `save_freq` of its own."
+            )
         self.latest = self.model.num_timesteps
 
     def _on_step(self) -> bool:
@@ -69,7 +78,7 @@ class ResumableCheckpoint(BaseCallback):
     def _save(self) -> None:
         assert isinstance(self.model, BLPO)
         seed = int(th.randint(2**31, ())) if self.reset_env else None
-        state: dict[str, Any] = {"generators": _generator_states(), "seed": seed}
+        state: dict[str, Any] = {"class": type(self.model).__name__, "generators": _generator_states(), "seed": seed}
         normalize = self.model.get_vec_normalize_env()
         if seed is None:
             state["env"] = _pickled(self.training_env)
@@ -86,22 +95,28 @@ class ResumableCheckpoint(BaseCallback):
             print(f"Saving resumable checkpoint to {self.save_path}")
 
 
-def resume(path: str | Path, env: GymEnv | None = None, **kwargs: Any) -> BLPO:
+def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[BLPO] = BLPO, **kwargs: Any) -> BLPO:
     """
     Load a checkpoint, its environment and the states of the global generators of Python, NumPy and torch, so that
-    ``learn(total - model.num_timesteps, callback, reset_num_timesteps=False)`` continues as if never interrupted.
+    ``learn(total - model.num_timesteps, callback, reset_num_timesteps=False)`` continues as if never interrupted. What other
+    callbacks keep (``EvalCallback`` its best return) is theirs, and not in the checkpoint.
 
     :param path: The zip of :class:`ResumableCheckpoint`. Its content is unpickled: it must be trusted
     :param env: The environment, made as it was for training, where the checkpoints were made with ``reset_env``; else None
+    :param algorithm_class: Class of the model, if it is a subclass of BLPO
     :param kwargs: Further arguments of ``BLPO.load``
     :return: The model
-    :raises ValueError: If the file is not such a checkpoint, or ``env`` is missing or not needed
+    :raises ValueError: If the file is not such a checkpoint, or of another class, or ``env`` is missing or not needed
     """
-    model = BLPO.load(path, **kwargs)
+    model = algorithm_class.load(path, **kwargs)
     with open_path(path, "r", suffix="zip") as file, zipfile.ZipFile(file) as archive:
         if ENTRY not in archive.namelist():
             raise ValueError(f"`{path}` was not saved by `ResumableCheckpoint`; use `BLPO.load`.")
         state = pickle.loads(archive.read(ENTRY))
+    if state["class"] != algorithm_class.__name__:
+        raise ValueError(
+            f"`{path}` is a checkpoint of {state['class']}, so `algorithm_class` must be that, got {algorithm_class.__name__}."
+        )
     if (env is None) != (state["seed"] is None):
         raise ValueError(
             f"`{path}` was saved with `reset_env`={env is None}, so `env` {'must' if env is None else 'cannot'} be given."

@@ -213,7 +213,8 @@ def _mend_calls() -> None:
     @functools.wraps(call)
     def call_zoo(command: Any, *args: Any, **kwargs: Any) -> int:
         ours = [sys.executable, "-m", "sb3_blpo.zoo"]
-        if isinstance(command, list) and command[:2] == ["python", "enjoy.py"] and not os.path.isfile("enjoy.py"):
+        own_file = os.path.join(kwargs.get("cwd") or "", "enjoy.py")
+        if isinstance(command, list) and command[:2] == ["python", "enjoy.py"] and not os.path.isfile(own_file):
             command = [*ours, "enjoy", *command[2:]]
         elif isinstance(command, list) and command[:3] == ["python", "-m", "rl_zoo3.record_video"]:
             command = [*ours, "record_video", *command[3:]]

@@ -140,6 +140,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"learning_rate": 0.0, "critic_learning_rate": 0.0, "clip_range": 0.0},
     {"learning_rate": np.float32(1e-3), "critic_learning_rate": np.float64(1e-3), "clip_range": np.float32(0.2)},
     {"learning_rate": np.int64(0), "critic_learning_rate": lambda progress: np.float32(1e-3 * progress)},
+    {"learning_rate": lambda progress: np.array(1e-3), "critic_learning_rate": lambda progress: th.tensor(1e-3)},
     {"n_steps": np.int64(16), "batch_size": np.int32(8), "n_epochs": np.int8(1), "n_critic_updates": np.uint8(1)},
     {"gamma": 0},
     {"gamma": 1, "gae_lambda": 0},

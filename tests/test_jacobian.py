@@ -143,11 +143,60 @@ def test_hessian_product():
         th.testing.assert_close(jacobian.hessian_v(w, v), H @ v, rtol=1e-10, atol=1e-10)
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x.reshape(-1, 3, 2)).flatten(1)
+
+
+class Recurrence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(2, 6, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x.reshape(-1, 3, 2))[0][:, -1]
+
+
+class WeightNorm(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+
+
+@pytest.mark.parametrize("dtype", [th.float64, th.float32])  # torch's kernels differ
+@pytest.mark.parametrize("layer", ["attention", "LSTM", "weight_norm"])
+def test_layers_that_torch_cannot_differentiate_forward(layer, dtype):
+    th.manual_seed(0)
+    first = {"attention": Attention, "LSTM": Recurrence, "weight_norm": WeightNorm}[layer]()
+    body, observations = nn.Sequential(first, nn.Linear(6, 1)).to(dtype), th.randn(5, 6, dtype=dtype)
+    function, flat = as_flat_function(body, observations)
+    jacobian = functional(body, observations)
+    enabled = th.backends.mkldnn.enabled, th.backends.cudnn.enabled
+    J = th.autograd.functional.jacobian(lambda p: function(p).flatten(), flat)
+    v, w = th.randn(len(flat), dtype=dtype), th.randn(5, dtype=dtype)
+    tolerance = {th.float64: 1e-10, th.float32: 1e-4}[dtype]
+    th.testing.assert_close(jacobian.J_v(v), J @ v, rtol=tolerance, atol=tolerance)
+    th.testing.assert_close(jacobian.Jt_w(w), J.T @ w, rtol=tolerance, atol=tolerance)
+    H_v = jacobian.hessian_v(w, v)
+    assert (th.backends.mkldnn.enabled, th.backends.cudnn.enabled) == enabled
+    if dtype == th.float64 and layer != "weight_norm":  # whose second derivative torch 2.13 gets wrong
+        step = 1e-6 * v
+
+        def gradient(p):
+            p = p.detach().requires_grad_()
+            return th.autograd.grad(w @ function(p).flatten(), p)[0]
+
+        th.testing.assert_close(H_v, (gradient(flat + step) - gradient(flat - step)) / 2e-6, rtol=1e-5, atol=1e-6)
+
+
 def make_critic(policy_class, observation_space, **policy_kwargs) -> Critic:
     th.manual_seed(0)
     policy = policy_class(observation_space, spaces.Discrete(2), ConstantSchedule(1e-3), **policy_kwargs)
     unshare_features_extractor(policy)
-    return Critic(policy, split_parameters(policy, observation_space)[1])
+    return Critic(policy, list(split_parameters(policy, observation_space)[1].values()))
 
 
 BOX = spaces.Box(-1, 1, (4,))
@@ -241,6 +290,6 @@ def test_a_frozen_layer_is_no_parameter():
     th.manual_seed(0)
     policy = ActorCriticPolicy(BOX, spaces.Discrete(2), ConstantSchedule(1e-3))
     policy.mlp_extractor.value_net[0].requires_grad_(False)
-    critic = Critic(policy, split_parameters(policy, BOX)[1])
+    critic = Critic(policy, [p for p in split_parameters(policy, BOX)[1].values() if p.requires_grad])
     assert critic.layers is None
     assert critic.jacobian(th.zeros(2, 4), th.Generator()).n_params == 64 * 65 + 65

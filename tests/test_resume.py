@@ -11,8 +11,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from envs import SpaceEnv, vec_env
-from models import actor_of, differences, logged, moved, small, state_of
-from stable_baselines3.common.callbacks import BaseCallback
+from models import SMALL, actor_of, differences, logged, moved, small, state_of
+from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
@@ -150,3 +150,26 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         small().learn(16, ResumableCheckpoint(tmp_path / "model", reset_env=reset_env))
         with pytest.raises(ValueError, match=f"`reset_env`={reset_env}, so `env` {what} be given"):
             resume(tmp_path / "model", env, device="cpu")
+
+
+class Subclass(BLPO):
+    """A user's own."""
+
+
+def test_the_class_is_kept(tmp_path: Path) -> None:
+    model = Subclass("MlpPolicy", SpaceEnv(), **SMALL)
+    model.learn(16, ResumableCheckpoint(tmp_path / "model"))
+    assert type(resume(tmp_path / "model", algorithm_class=Subclass, device="cpu")) is Subclass
+    with pytest.raises(ValueError, match="is a checkpoint of Subclass, so `algorithm_class` must be that, got BLPO"):
+        resume(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("save_freq", [0, -1, "a", None])
+def test_save_freq(save_freq: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`save_freq` must be a number > 0, got "):
+        ResumableCheckpoint(tmp_path / "model", save_freq)
+
+
+def test_not_inside_of_callbacks_that_pass_on_steps_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`ResumableCheckpoint` cannot be inside of EveryNTimesteps"):
+        small().learn(32, EveryNTimesteps(16, ResumableCheckpoint(tmp_path / "model")))

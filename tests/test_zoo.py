@@ -158,7 +158,7 @@ def test_load_from_hub_is_mended(monkeypatch):
 
 def test_calls_are_mended(tmp_path, monkeypatch):
     calls: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", calls.append)
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: calls.append(command))
     monkeypatch.chdir(tmp_path)
     ours = [sys.executable, "-m", "sb3_blpo.zoo"]
     zoo.mend("rl_zoo3.benchmark")
@@ -171,6 +171,11 @@ def test_calls_are_mended(tmp_path, monkeypatch):
     ):
         subprocess.call(before)
         assert calls.pop() == after
+    # A script of this name that is somebody's own
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "enjoy.py").touch()
+    subprocess.call(["python", "enjoy.py"], cwd=tmp_path / "own")
+    assert calls.pop() == ["python", "enjoy.py"]
 
 
 # The start-up hook

@@ -19,7 +19,7 @@ def make_solver(ihvp_solver: str, rank: int, sketch: str, max_iter: int, tol: fl
 
     :param ihvp_solver: "nystrom", "cg", "nystrom_cg", "exact" or "none"
     :param rank: Rank of the Nyström approximation, at least 1
-    :param sketch: "gaussian" or "columns"
+    :param sketch: "values", "gaussian" or "columns"
     :param max_iter: Largest number of CG iterations, at least 1
     :param tol: CG stops at this norm of the residual, relative to that of the right side
     :return: The solver, ``None`` for "none"
