@@ -86,41 +86,51 @@ def split_parameters(
         trained later
     :raises ValueError: If a trainable parameter belongs to both or to neither
     """
-    named = {name: parameter for name, parameter in policy.named_parameters() if parameter.is_floating_point()}
-    parameters = list(named.values())
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    named = {name: p for name, p in policy.named_parameters() if p.is_floating_point() or p.is_complex()}
+    trainable = {name for name, parameter in named.items() if parameter.requires_grad}
     training = policy.training
     policy.set_training_mode(False)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
     try:
-        with th.enable_grad():
-            # A copy of the space: sampling must not disturb an environment that draws from its own space
-            observation = policy.obs_to_tensor(copy.deepcopy(observation_space).sample())[0]
-            with th.no_grad():
-                actions = policy.get_distribution(observation).get_actions(deterministic=True)
-            log_prob = log_prob_and_entropy(policy, observation, actions)[0].sum()
-            value = policy.predict_values(observation).sum()
-        by_actor = th.autograd.grad(log_prob, parameters, allow_unused=True)
-        by_critic = th.autograd.grad(value, parameters, allow_unused=True)
-        with th.no_grad():
-            policy.get_distribution(observation)  # the policy keeps it, and could not be copied with the graph in it
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+        try:
+            by_actor, by_critic = _dependences(policy, named, observation_space)
+        except RuntimeError:  # what is always frozen may be used in ways that allow no gradient
+            for name, parameter in named.items():
+                parameter.requires_grad_(name in trainable)
+            named = {name: named[name] for name in named if name in trainable}
+            by_actor, by_critic = _dependences(policy, named, observation_space)
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in trainable)
         policy.set_training_mode(training)
-    actor: dict[str, nn.Parameter] = {}
-    critic: dict[str, nn.Parameter] = {}
-    for (name, parameter), of_actor, of_critic in zip(named.items(), by_actor, by_critic, strict=True):
-        if (of_actor is None) != (of_critic is None):
-            (critic if of_actor is None else actor)[name] = parameter
-        elif parameter.requires_grad:
+    for name in trainable:
+        if (name in by_actor) == (name in by_critic):
             raise ValueError(
                 f"BLPO needs an actor and a critic without common parameters, but `{name}` of {type(policy).__name__} belongs "
-                f"to {'neither' if of_actor is None else 'both'}; every trainable parameter must affect either the action "
+                f"to {'both' if name in by_actor else 'neither'}; every trainable parameter must affect either the action "
                 "distribution or the value."
             )
+    actor = {name: parameter for name, parameter in named.items() if name in by_actor - by_critic}
+    critic = {name: parameter for name, parameter in named.items() if name in by_critic - by_actor}
     return actor, critic
+
+
+@th.enable_grad()
+def _dependences(
+    policy: ActorCriticPolicy, named: dict[str, nn.Parameter], observation_space: spaces.Space
+) -> tuple[set[str], set[str]]:
+    """Names of the parameters that the action distribution and the value depend on."""
+    # A copy of the space: sampling must not disturb an environment that draws from its own space
+    observation = policy.obs_to_tensor(copy.deepcopy(observation_space).sample())[0]
+    with th.no_grad():
+        actions = policy.get_distribution(observation).get_actions(deterministic=True)
+    outputs = [log_prob_and_entropy(policy, observation, actions)[0].sum(), policy.predict_values(observation).sum()]
+    with th.no_grad():
+        policy.get_distribution(observation)  # the policy keeps it, and could not be copied with the graph in it
+    gradients = (th.autograd.grad(output, list(named.values()), allow_unused=True) for output in outputs)
+    by_actor, by_critic = ({name for name, g in zip(named, found, strict=True) if g is not None} for found in gradients)
+    return by_actor, by_critic
 
 
 def log_prob_and_entropy(
@@ -132,11 +142,10 @@ def log_prob_and_entropy(
     :param actions: (n, ...)
     :return: log pi(a|s) (n,) and the entropy of pi(.|s) (n,), ``None`` where it has no closed form
     """
-    if _is_sb3(policy, "evaluate_actions"):
+    if _acts_as_trained(policy):  # without the critic
         distribution = policy.get_distribution(observations)
         return distribution.log_prob(actions), distribution.entropy()
-    # A policy of the user's own: what PPO trains
-    return policy.evaluate_actions(observations, actions)[1:]
+    return policy.evaluate_actions(observations, actions)[1:]  # what PPO trains
 
 
 def appearance(policy: ActorCriticPolicy) -> list[bool]:
@@ -269,7 +278,8 @@ def chain_of(extractor: nn.Module, *networks: nn.Module) -> Chain | None:
     """
     modules = [part for network in networks for part in (network if type(network) is nn.Sequential else [network])]
     plain = all(type(module) in (nn.Linear, *ELEMENTWISE) and _is_plain(module) for module in modules)
-    hooked = any(map(_is_hooked, [extractor, *networks])) or any(p._backward_hooks for m in modules for p in m.parameters())
+    parts = [part for network in (extractor, *networks) for part in network.modules()]
+    hooked = any(map(_is_hooked, parts)) or any(p._backward_hooks for part in parts for p in part.parameters())
     return Chain(modules) if plain and not hooked and type(extractor) is FlattenExtractor else None
 
 
@@ -287,9 +297,8 @@ def flat_features(policy: ActorCriticPolicy, extractor: BaseFeaturesExtractor, o
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # What prunes or normalises weights computes them from parameters of other names, or in hooks
-    if _is_hooked(module) or not module._parameters.keys() <= {"weight", "bias"}:
-        return False
+    if not module._parameters.keys() <= {"weight", "bias"}:
+        return False  # what prunes or normalises weights computes them from parameters of other names
     if isinstance(module, nn.Conv2d):
         zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return type(module) is nn.Conv2d and module.groups == 1 and zeros
@@ -338,7 +347,8 @@ def likelihood(parameters: Sequence[th.Tensor], log_prob: th.Tensor, entropy: th
         if by_entropy is not None:
             assert entropy is not None
             outputs, by_outputs = [log_prob, entropy], [by_log_prob, by_entropy]
-        return flat_gradient(outputs, parameters, by_outputs)
+        # Hooks of parameters see what PPO's see, the gradient of what is minimised
+        return -flat_gradient(outputs, parameters, [-by for by in by_outputs])
 
     return ActionLikelihood(log_prob.detach(), None if entropy is None else entropy.detach(), gradient)
 
@@ -352,8 +362,11 @@ def flat_gradient(
     :param by_outputs: Weights of the outputs' elements; ``None``: 1
     :return: The gradient, flattened and joined; 0 for what the outputs do not depend on (n_params,)
     """
-    if not parameters:
-        return outputs[0].new_zeros(0)
+    dependent = [i for i, output in enumerate(outputs) if output.requires_grad]
+    if not parameters or not dependent:
+        return outputs[0].new_zeros(sum(parameter.numel() for parameter in parameters))
+    outputs = [outputs[i] for i in dependent]
+    by_outputs = None if by_outputs is None else [by_outputs[i] for i in dependent]
     gradients = th.autograd.grad(outputs, parameters, by_outputs, retain_graph=True, allow_unused=True, materialize_grads=True)
     return th.cat([gradient.flatten() for gradient in gradients])
 
@@ -369,11 +382,13 @@ class Actor:
     def __init__(self, policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> None:
         self.policy = policy
         self.parameters = parameters
-        own = _is_sb3(policy, "extract_features", "get_distribution", "evaluate_actions")
         #: Whether :meth:`act` may take the place of the policy's ``forward()``
-        self.acts_as_sb3 = own and _is_sb3(policy, "forward", "predict_values") and not any(map(_is_hooked, policy.modules()))
+        self.acts_as_sb3 = _is_sb3(
+            policy, "forward", "get_distribution", "predict_values", "evaluate_actions", "extract_features"
+        )
+        self.acts_as_sb3 &= not any(map(_is_hooked, policy.modules()))
         self.chain: Chain | None = None
-        plain = own and _is_sb3(policy, "_get_action_dist_from_latent")
+        plain = _acts_as_trained(policy) and _is_sb3(policy, "_get_action_dist_from_latent")
         if plain and type(policy.mlp_extractor) is MlpExtractor and type(policy.action_dist) in WRITTEN_OUT:
             chain = chain_of(policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
             beside = [policy.log_std] if type(policy.action_dist) is DiagGaussianDistribution else []
@@ -443,25 +458,44 @@ class Actor:
         return flat_features(self.policy, self.policy.pi_features_extractor, observations)
 
 
-class LeanForward:
+class StandIn:
     """
-    :meth:`Actor.act` in the place of the policy's ``forward()``, while a rollout is collected. A copy of the policy has its
-    own ``forward()``.
+    What takes the place of a method of one object for a while. In a copy of the object it is the method.
 
-    :param actor: The actor
+    :param owner: The object
+    :param name: Of the method
+    :param function: What is called instead
     """
 
-    def __init__(self, actor: Actor) -> None:
-        self.actor = actor
+    def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self.owner = owner
+        self.name = name
+        self.function = function
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        return self.actor.act(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Resolved before the copy has attributes of its own: the method of its class
-        return getattr, (self.actor.policy, "forward")
+        # Called before the copy has attributes of its own
+        return getattr, (self.owner, self.name)
+
+
+def has_own(owner: Any, name: str) -> bool:
+    """
+    :param owner: An object
+    :param name: Of a method
+    :return: Whether the object has another one than its class
+    """
+    own = vars(owner).get(name)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(owner), name)
+
+
+def _acts_as_trained(policy: ActorCriticPolicy) -> bool:
+    """Whether ``get_distribution()``, which leaves the critic out, gives what ``evaluate_actions()`` does."""
+    own = _is_sb3(policy, "evaluate_actions", "get_distribution", "extract_features")
+    return own and not _is_hooked(policy.mlp_extractor)  # of which the one calls a part, the other the whole
 
 
 def _is_sb3(policy: ActorCriticPolicy, *methods: str) -> bool:
     """Whether the policy has these methods from SB3's base class."""
-    return all(getattr(type(policy), method) is getattr(ActorCriticPolicy, method) for method in methods)
+    return all(getattr(type(policy), method, None) is getattr(ActorCriticPolicy, method) for method in methods)

@@ -21,12 +21,12 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_blpo.actor_critic import Actor, Critic, LeanForward, appearance, split_parameters, unshare_features_extractor
+from sb3_blpo.actor_critic import Actor, Critic, StandIn, appearance, has_own, split_parameters, unshare_features_extractor
 from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import Solver, make_solver
-from sb3_blpo.optimizers import Snapshot, gradient_vector, make_optimizer, parameters_of
+from sb3_blpo.optimizers import Snapshot, gradient_vector, leave_to, make_optimizer, parameters_of
 from sb3_blpo.segments import Rollout, Segment, Truncation, each
 
 SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")
@@ -118,6 +118,7 @@ class BLPO(OnPolicyAlgorithm):
     }
 
     _known_policy: ActorCriticPolicy | None = None
+    _known_parameters: set[int]
     _known_looks: Any = None
     clip_range: Any  # a float or schedule as the user passes it, a FloatSchedule from `_setup_model` on
     actor: Actor
@@ -220,14 +221,17 @@ class BLPO(OnPolicyAlgorithm):
         Split the policy into actor and critic, anew where it is no longer the same: users put another policy or optimizer in
         its place, freeze parameters and register hooks between updates.
         """
-        if self._known_policy is not self.policy:
+        trained = {id(parameter) for parameter in self.policy.parameters() if parameter.requires_grad}
+        if self._known_policy is not self.policy or not trained <= self._known_parameters:
             unshare_features_extractor(self.policy)
             actor, critic = split_parameters(self.policy, self.observation_space)
             self.policy.optimizer = make_optimizer(self.policy, actor, self.lr_schedule(1))
             self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1))
             self._known_policy = self.policy
+            self._known_parameters = {id(parameter) for parameter in (*actor.values(), *critic.values())}
         looks = (self.policy.optimizer, self.critic_optimizer, appearance(self.policy))
         if self._known_looks != looks:
+            leave_to(self.critic_optimizer, self.policy.optimizer)
             self.actor = Actor(self.policy, parameters_of(self.policy.optimizer))
             self.critic = Critic(self.policy, parameters_of(self.critic_optimizer))
             self._known_looks = looks
@@ -287,13 +291,14 @@ class BLPO(OnPolicyAlgorithm):
     @contextlib.contextmanager
     def _lean_acting(self, rollout_buffer: RolloutBuffer) -> Iterator[None]:
         """Act without the critic; when the rollout is full, it sees all observations at once: nobody needs values earlier."""
-        whole = self.actor.acts_as_sb3 and type(rollout_buffer) in (RolloutBuffer, DictRolloutBuffer)
-        if not whole or "forward" in vars(self.policy):
+        policy = self.policy
+        patched = has_own(policy, "forward") or has_own(rollout_buffer, "compute_returns_and_advantage")
+        if patched or not self.actor.acts_as_sb3 or type(rollout_buffer) not in (RolloutBuffer, DictRolloutBuffer):
             yield
             return
 
         def end() -> None:
-            vars(self.policy).pop("forward", None)
+            vars(policy).pop("forward", None)
             vars(rollout_buffer).pop("compute_returns_and_advantage", None)
 
         def with_values(last_values: th.Tensor, dones: np.ndarray) -> None:
@@ -301,8 +306,10 @@ class BLPO(OnPolicyAlgorithm):
             rollout_buffer.values[:] = self._rollout_values(rollout_buffer.observations).cpu().numpy()
             rollout_buffer.compute_returns_and_advantage(last_values, dones)
 
-        self.policy.forward = LeanForward(self.actor)  # type: ignore[method-assign]
-        rollout_buffer.compute_returns_and_advantage = with_values  # type: ignore[method-assign]
+        for owner, name, function in (
+            (policy, "forward", self.actor.act), (rollout_buffer, "compute_returns_and_advantage", with_values),
+        ):  # fmt: skip
+            setattr(owner, name, StandIn(owner, name, function))
         try:
             yield
         finally:
@@ -611,5 +618,5 @@ class BLPO(OnPolicyAlgorithm):
         return [*state_dicts, "critic_optimizer"], tensors
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "critic", "solver", "_known_policy", "_known_looks", "_truncations"]
+        own = ["actor", "critic", "solver", "_known_policy", "_known_parameters", "_known_looks", "_truncations"]
         return [*super()._excluded_save_params(), *own]

@@ -217,7 +217,7 @@ def hypergradient(
         if entropy is None:
             by_log_prob = by_log_prob - ent_coef / n
         elif ent_coef:
-            by_entropy = th.full_like(entropy, ent_coef / n)
+            by_entropy = th.full_like(entropy, ent_coef / entropy.numel())
         direct = policy_gradient(by_log_prob, by_entropy)
         mean_entropy = (-log_prob if entropy is None else entropy).mean()
         stats = _policy_stats(surrogate, log_prob - segment.old_log_prob, mean_entropy, ent_coef, clip_range)

@@ -258,7 +258,8 @@ class LayerJacobian(Jacobian):
         def keep(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
             seen[layer] = inputs[0].detach(), output
 
-        hooks = [layer.register_forward_hook(keep) for layer in self.layers]
+        # Before hooks of the user's, which may change the output
+        hooks = [layer.register_forward_hook(keep, prepend=True) for layer in self.layers]
         try:
             with th.enable_grad():
                 values = self.critic(self.observations).flatten()

@@ -31,6 +31,16 @@ def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
 
 
+def leave_to(first: th.optim.Optimizer, other: th.optim.Optimizer) -> None:
+    """
+    :param first: An optimizer
+    :param other: Another, which loses the parameters that the first one has: each step must have one optimizer alone
+    """
+    taken = {id(parameter) for group in first.param_groups for parameter in group["params"]}
+    for group in other.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
+
+
 def gradient_vector(optimizer: th.optim.Optimizer) -> th.Tensor:
     """
     :param optimizer: An optimizer; the ``grad`` of its parameters is set to views of the result, of frozen ones to ``None``
@@ -38,8 +48,8 @@ def gradient_vector(optimizer: th.optim.Optimizer) -> th.Tensor:
     """
     optimizer.zero_grad()
     parameters = parameters_of(optimizer)
-    example: th.Tensor = optimizer.param_groups[0]["params"][0]
-    vector = example.new_zeros(sum(parameter.numel() for parameter in parameters))
+    example = parameters[0] if parameters else th.zeros(0)
+    vector = th.zeros(sum(p.numel() for p in parameters), dtype=example.dtype, device=example.device)
     for parameter, part in zip(parameters, vector.split([parameter.numel() for parameter in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
     return vector

@@ -53,17 +53,19 @@ class ResumableCheckpoint(BaseCallback):
         self.reset_env = reset_env
 
     def _init_callback(self) -> None:
-        if self.parent is not None:
-            raise ValueError(
-                f"`ResumableCheckpoint` cannot be inside of {type(self.parent).__name__}, which passes on steps alone; give "
-                "it to `learn` itself, with a `save_freq` of its own."
-            )
         self.latest = self.model.num_timesteps
+        self.sees_rollouts = False
 
     def _on_step(self) -> bool:
+        if not self.sees_rollouts:
+            raise ValueError(
+                "`ResumableCheckpoint` cannot be inside of a callback that passes on steps alone, such as `EveryNTimesteps`; "
+                "give it to `learn` itself, with a `save_freq` of its own."
+            )
         return True
 
     def _on_rollout_start(self) -> None:
+        self.sees_rollouts = True
         if self.model.num_timesteps - self.latest >= self.save_freq:
             self._save()
             if self.model.use_sde:
@@ -113,7 +115,7 @@ def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[BL
         if ENTRY not in archive.namelist():
             raise ValueError(f"`{path}` was not saved by `ResumableCheckpoint`; use `BLPO.load`.")
         state = pickle.loads(archive.read(ENTRY))
-    if state["class"] != algorithm_class.__name__:
+    if state.get("class", algorithm_class.__name__) != algorithm_class.__name__:
         raise ValueError(
             f"`{path}` is a checkpoint of {state['class']}, so `algorithm_class` must be that, got {algorithm_class.__name__}."
         )

@@ -11,6 +11,7 @@ from envs import TORQUES, SpaceEnv
 from models import logged, small
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
 from torch.nn.utils import prune
 
@@ -32,9 +33,10 @@ def continuous(**arguments: Any) -> BLPO:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("ent_coef", [0.0, 0.01])
 @pytest.mark.parametrize("part", ["log_std", "action_net", "policy_net", "value_net", "actor", "critic", "all"])
-def test_frozen_and_trained_again(part: str, solver: str) -> None:
-    model = continuous(ihvp_solver=solver).learn(16)
+def test_frozen_and_trained_again(part: str, ent_coef: float, solver: str) -> None:
+    model = continuous(ihvp_solver=solver, ent_coef=ent_coef).learn(16)
     names = {name for name, _ in model.policy.named_parameters()}
     of_critic = {name for name in names if "value_net" in name}
     frozen = {"actor": names - of_critic, "critic": of_critic, "all": names}.get(part, {n for n in names if part in n})
@@ -59,6 +61,49 @@ def test_frozen_by_the_policy_and_trained_later() -> None:
     assert changed(model, lambda: model.learn(16, reset_num_timesteps=False)) == names
 
 
+def test_a_common_trunk_cannot_be_trained_later() -> None:
+    class Trunk(ActorCriticPolicy):
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            self.trunk = nn.Linear(3, 3).requires_grad_(False)
+
+        def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
+            return super().extract_features(self.trunk(obs), features_extractor)
+
+        def get_distribution(self, obs: Any) -> Any:
+            return super().get_distribution(self.trunk(obs))
+
+        def predict_values(self, obs: Any) -> Any:
+            return super().predict_values(self.trunk(obs))
+
+    model = small(Trunk)
+    assert not {name for name in changed(model, lambda: model.learn(16)) if "trunk" in name}
+    model.policy.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"`trunk.weight` of Trunk belongs to both"):
+        model.learn(16)
+
+
+def test_a_frozen_parameter_that_allows_no_gradient() -> None:
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = nn.Parameter(th.zeros(3), requires_grad=False)
+
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+            return x - self.mean.detach().clone()
+
+    class Centred(ActorCriticPolicy):
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            for name in ("policy_net", "value_net"):
+                setattr(self.mlp_extractor, name, nn.Sequential(Running(), *getattr(self.mlp_extractor, name)))
+            self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    model = small(Centred, ihvp_solver="none")
+    assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_another_policy(solver: str) -> None:
     model = continuous(ihvp_solver=solver).learn(16)
@@ -74,10 +119,24 @@ def test_another_policy(solver: str) -> None:
 def test_another_optimizer(solver: str) -> None:
     model = continuous(ihvp_solver=solver).learn(16)
     names = {name for name, _ in model.policy.named_parameters()}
+    # Of all parameters, as PPO's is: the critic's stay with the critic's
     model.policy.optimizer = th.optim.SGD(model.policy.parameters(), lr=1e-3)
+    model.critic_lr_schedule = FloatSchedule(0.0)
+    of_actor = {name for name in names if "value_net" not in name}
+    assert changed(model, lambda: model.learn(16, reset_num_timesteps=False)) == of_actor
+    model.critic_lr_schedule = FloatSchedule(1e-3)
     model.critic_optimizer = th.optim.SGD(list(model.critic.trainable.values()), lr=1e-3)
     assert changed(model, lambda: model.learn(16, reset_num_timesteps=False)) == names
-    assert not model.policy.optimizer.state
+
+
+def test_another_module() -> None:
+    """New parameters are trained, by new optimizers."""
+    model = small().learn(16)
+    model.policy.value_net = nn.Linear(8, 1)
+    nn.utils.parametrizations.weight_norm(model.policy.mlp_extractor.policy_net[0])
+    names = {name for name, _ in model.policy.named_parameters()}
+    assert any("original" in name for name in names)
+    assert changed(model, lambda: model.learn(16, reset_num_timesteps=False)) == names
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -93,18 +152,52 @@ def test_hooks_of_parameters(solver: str) -> None:
     assert changed(model, lambda: model.learn(16, reset_num_timesteps=False)) == names
 
 
-@pytest.mark.parametrize("network", ["policy_net", "value_net"])
-def test_hooks_of_modules(network: str) -> None:
-    model = small()
-    seen: list[int] = []
-    module = getattr(model.policy.mlp_extractor, network)
-    handle = module[0].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+def test_hooks_of_parameters_see_what_is_minimised() -> None:
+    """Positive gradients alone are let through: the parameter falls."""
+    model = small(policy_kwargs={"net_arch": [8], "optimizer_class": th.optim.SGD}, learning_rate=0.1)
+    for network in (model.policy.mlp_extractor.policy_net, model.policy.mlp_extractor.value_net):
+        network[0].weight.register_hook(lambda gradient: gradient.clamp(min=0))  # type: ignore[operator]
+    before = copy.deepcopy(model.policy.state_dict())
     model.learn(16)
-    assert 8 in seen or 9 in seen  # a minibatch, with the state after it for the values
-    handle.remove()
+    for name in ("mlp_extractor.policy_net.0.weight", "mlp_extractor.value_net.0.weight"):
+        change = model.policy.state_dict()[name] - before[name]
+        assert change.min() < 0 and change.max() <= 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("network", ["policy_net", "value_net"])
+def test_hooks_of_modules(network: str, solver: str) -> None:
+    """What logs activations and gradients; nothing else changes."""
+    plain = small(ihvp_solver=solver).learn(16)
+    model = small(ihvp_solver=solver)
+    seen: list[Any] = []
+    module = getattr(model.policy.mlp_extractor, network)[0]
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().cpu().numpy())),
+        module.register_full_backward_hook(lambda module, by_inputs, by_outputs: seen.append(by_outputs[0].numpy())),
+    ]
+    model.learn(16)
+    assert 8 in {len(array) for array in seen}  # a minibatch
+    for (name, a), b in zip(model.policy.named_parameters(), plain.policy.parameters(), strict=True):
+        th.testing.assert_close(a, b, msg=name)
+    for handle in handles:
+        handle.remove()
     seen.clear()
     model.learn(16)
     assert not seen
+
+
+def test_a_hook_that_changes_the_output() -> None:
+    model = small()
+    model.policy.mlp_extractor.value_net[0].register_forward_hook(lambda module, inputs, output: 3 * output)
+    model._look_at_policy()
+    observations, v, w = th.randn(6, 3), th.randn(41), th.randn(6)
+    jacobian = model.critic.jacobian(observations, th.Generator())
+    values = model.policy.predict_values(observations).flatten()
+    parameters = list(model.critic.trainable.values())
+    rows = [th.autograd.grad(value, parameters, retain_graph=True) for value in values]
+    J = th.stack([th.cat([gradient.flatten() for gradient in row]) for row in rows])
+    th.testing.assert_close((jacobian.values, jacobian.J_v(v), jacobian.Jt_w(w)), (values.detach(), J @ v, J.T @ w))
 
 
 @pytest.mark.parametrize("network", ["policy_net", "value_net"])
@@ -194,28 +287,65 @@ class Cold(ActorCriticPolicy):
         return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
 
 
-def test_own_evaluate_actions() -> None:
-    model = small(Cold, SpaceEnv(action_space=TORQUES), batch_size=16).learn(16)
+class Scaled(ActorCriticPolicy):
+    """Features that SB3's ``get_distribution()`` does not know of."""
+
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
+        return 5 * super().extract_features(obs, features_extractor)
+
+
+class OwnDistribution(ActorCriticPolicy):
+    """A distribution that ``forward()`` does not know of."""
+
+    def get_distribution(self, obs: Any) -> Any:
+        return super().get_distribution(5 * obs)
+
+
+def hooked(policy: ActorCriticPolicy) -> None:
+    def louder(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return tuple(5 * part for part in output) if isinstance(output, tuple) else 5 * output
+
+    for module in (policy.mlp_extractor, policy.features_extractor, policy.features_extractor.flatten):
+        module.register_forward_hook(louder)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("policy", [Cold, Scaled, OwnDistribution, "hooked"])
+def test_what_acts_is_what_is_trained(policy: Any, solver: str) -> None:
+    model = small(
+        ActorCriticPolicy if policy == "hooked" else policy, SpaceEnv(action_space=TORQUES), batch_size=16, ihvp_solver=solver
+    )
+    if policy == "hooked":
+        hooked(model.policy)
+    else:
+        # Larger than those of the initialisation, under which every distribution is about the same
+        nn.init.normal_(model.policy.action_net.weight)  # type: ignore[arg-type]
+    model.learn(16)
+    # The only minibatch is evaluated before the actor's first step
     assert logged(model)["approx_kl"] == pytest.approx(0, abs=1e-6)
     assert logged(model)["clip_fraction"] == 0
 
 
-def test_own_features() -> None:
-    class Counted(ActorCriticPolicy):
-        n_calls = 0
+def test_an_entropy_for_all_rows() -> None:
+    """PPO takes its mean, of which a single number is one."""
 
-        def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
-            Counted.n_calls += 1
-            return super().extract_features(obs, features_extractor)
+    class Constant(ActorCriticPolicy):
+        def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+            values, log_prob, entropy = super().evaluate_actions(obs, actions)
+            return values, log_prob, entropy.mean()  # type: ignore[union-attr]
 
-    small(Counted).learn(16)
-    assert Counted.n_calls >= 16
+    models = [
+        small(policy, SpaceEnv(action_space=TORQUES), ent_coef=0.5).learn(16) for policy in (Constant, ActorCriticPolicy)
+    ]
+    for a, b in zip(models[0].policy.parameters(), models[1].policy.parameters(), strict=True):
+        th.testing.assert_close(a, b)
 
 
 class Copies(BaseCallback):
     """What a callback may do with the policy and the buffer."""
 
     def _on_step(self) -> bool:
+        self.copy = copy.deepcopy(self.model)
         self.policies = [copy.deepcopy(self.model.policy), pickle.loads(pickle.dumps(self.model.policy))]
         return True
 
@@ -233,10 +363,50 @@ def test_copies_made_within_a_rollout() -> None:
         assert policy(observations)[1].isfinite().all()
         assert policy.forward.__self__ is policy
     assert callback.values.isfinite().all()
+    buffer = copy.deepcopy(model.rollout_buffer.returns)
+    callback.copy.learn(16)
+    assert isinstance(callback.copy, BLPO)
+    assert callback.copy.rollout_buffer.returns.any() and (buffer == model.rollout_buffer.returns).all()
+    assert "forward" not in vars(callback.copy.policy)
     for buffer in callback.buffers:
         buffer.compute_returns_and_advantage(th.zeros(1), model._last_episode_starts)
         assert buffer.full
     assert "forward" not in vars(model.policy)
+
+
+def test_another_policy_within_a_rollout() -> None:
+    model, other = small(), small(seed=1).policy
+    old = model.policy
+
+    class Replace(BaseCallback):
+        def _on_step(self) -> bool:
+            self.model.policy = other if self.n_calls == 3 else self.model.policy
+            return True
+
+    model.learn(16, Replace())
+    assert "forward" not in vars(old) and "forward" not in vars(other)
+    assert old(th.zeros(1, 3))[1].isfinite().all()
+
+
+def test_a_buffers_own_method_is_called_and_kept() -> None:
+    model = small()
+    calls: list[int] = []
+    original = model.rollout_buffer.compute_returns_and_advantage
+
+    def compute(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        original(*args, **kwargs)
+
+    model.rollout_buffer.compute_returns_and_advantage = compute  # type: ignore[method-assign]
+    model.learn(32)
+    assert len(calls) == 2
+    assert model.rollout_buffer.compute_returns_and_advantage is compute
+
+
+def test_a_compiled_policy() -> None:
+    model = small()
+    model.policy = th.compile(model.policy, backend="eager")  # type: ignore[assignment]
+    assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
 
 
 def test_a_forward_of_the_users_is_called_and_kept() -> None:

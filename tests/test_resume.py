@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from envs import SpaceEnv, vec_env
 from models import SMALL, actor_of, differences, logged, moved, small, state_of
-from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
@@ -171,5 +171,5 @@ def test_save_freq(save_freq: Any, tmp_path: Path) -> None:
 
 
 def test_not_inside_of_callbacks_that_pass_on_steps_alone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`ResumableCheckpoint` cannot be inside of EveryNTimesteps"):
-        small().learn(32, EveryNTimesteps(16, ResumableCheckpoint(tmp_path / "model")))
+    with pytest.raises(ValueError, match="`ResumableCheckpoint` cannot be inside of a callback that passes on steps alone"):
+        small().learn(32, EveryNTimesteps(16, CallbackList([ResumableCheckpoint(tmp_path / "model")])))
