@@ -237,7 +237,7 @@ def plot_summary(results: Results, path: Path) -> None:
     labels = {"tasks that saturate": "area under the curve,\nCartPole, Acrobot, ..."}
     scores.set_yticks(
         [-i for i in range(len(parts))],
-        [labels.get(title, "final return,\n" + title.replace(", ", "\n")) for title in parts],
+        [labels.get(title, f"final return,\n{title}\n(tasks: {len(tasks)})") for title, tasks in parts.items()],
     )
     scores.set_ylim(0.5 - max(1, len(parts)), 0.5)
     scores.axvline(1, color="black", linewidth=0.8)
