@@ -104,8 +104,8 @@ def split_parameters(
         for name, parameter in named.items():
             parameter.requires_grad_(name in trainable)
         policy.set_training_mode(training)
-    for name in trainable:
-        if (name in by_actor) == (name in by_critic):
+    for name in named:
+        if name in trainable and (name in by_actor) == (name in by_critic):
             raise ValueError(
                 f"BLPO needs an actor and a critic without common parameters, but `{name}` of {type(policy).__name__} belongs "
                 f"to {'both' if name in by_actor else 'neither'}; every trainable parameter must affect either the action "
