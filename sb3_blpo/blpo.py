@@ -21,12 +21,13 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_blpo.actor_critic import Actor, Critic, StandIn, appearance, has_own, split_parameters, unshare_features_extractor
+from sb3_blpo.actor_critic import Actor, Critic
 from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import Solver, make_solver
 from sb3_blpo.optimizers import Snapshot, gradient_vector, leave_to, make_optimizer, parameters_of
+from sb3_blpo.policies import StandIn, appearance, has_own, split_parameters, unshare_features_extractor
 from sb3_blpo.segments import Rollout, Segment, Truncation, each
 
 SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")

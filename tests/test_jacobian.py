@@ -11,9 +11,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
-from sb3_blpo.actor_critic import ELEMENTWISE, Critic, split_parameters, unshare_features_extractor
+from sb3_blpo.actor_critic import Critic
 from sb3_blpo.chain import Chain
 from sb3_blpo.jacobian import ChainJacobian, ConvRows, FunctionalJacobian, Jacobian, LayerJacobian, LinearRows
+from sb3_blpo.policies import ELEMENTWISE, split_parameters, unshare_features_extractor
 
 BODIES = {
     "linear": lambda: nn.Sequential(nn.Linear(3, 1)),
