@@ -198,13 +198,11 @@ class Actor:
     def __init__(self, policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> None:
         self.policy = policy
         self.parameters = parameters
+        plain = acts_as_trained(policy)
         #: Whether :meth:`act` may take the place of the policy's ``forward()``
-        self.acts_as_sb3 = is_sb3(
-            policy, "forward", "get_distribution", "predict_values", "evaluate_actions", "extract_features"
-        )
-        self.acts_as_sb3 &= not any(map(is_hooked, policy.modules()))
+        self.acts_as_sb3 = plain and is_sb3(policy, "forward", "predict_values") and not any(map(is_hooked, policy.modules()))
         self.chain: Chain | None = None
-        plain = acts_as_trained(policy) and is_sb3(policy, "_get_action_dist_from_latent")
+        plain = plain and is_sb3(policy, "_get_action_dist_from_latent")
         if plain and type(policy.mlp_extractor) is MlpExtractor and type(policy.action_dist) in WRITTEN_OUT:
             chain = chain_of(policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
             beside = [policy.log_std] if type(policy.action_dist) is DiagGaussianDistribution else []

@@ -292,29 +292,20 @@ class BLPO(OnPolicyAlgorithm):
     @contextlib.contextmanager
     def _lean_acting(self, rollout_buffer: RolloutBuffer) -> Iterator[None]:
         """Act without the critic; when the rollout is full, it sees all observations at once: nobody needs values earlier."""
-        policy = self.policy
-        patched = has_own(policy, "forward") or has_own(rollout_buffer, "compute_returns_and_advantage")
+        patched = has_own(self.policy, "forward") or has_own(rollout_buffer, "compute_returns_and_advantage")
         if patched or not self.actor.acts_as_sb3 or type(rollout_buffer) not in (RolloutBuffer, DictRolloutBuffer):
             yield
             return
 
-        def end() -> None:
-            vars(policy).pop("forward", None)
-            vars(rollout_buffer).pop("compute_returns_and_advantage", None)
-
         def with_values(last_values: th.Tensor, dones: np.ndarray) -> None:
-            end()  # before callbacks see them again
+            stand_ins.close()  # before callbacks see them again
             rollout_buffer.values[:] = self._rollout_values(rollout_buffer.observations).cpu().numpy()
             rollout_buffer.compute_returns_and_advantage(last_values, dones)
 
-        for owner, name, function in (
-            (policy, "forward", self.actor.act), (rollout_buffer, "compute_returns_and_advantage", with_values),
-        ):  # fmt: skip
-            setattr(owner, name, StandIn(owner, name, function))
-        try:
+        with contextlib.ExitStack() as stand_ins:
+            stand_ins.enter_context(StandIn(self.policy, "forward", self.actor.act))
+            stand_ins.enter_context(StandIn(rollout_buffer, "compute_returns_and_advantage", with_values))
             yield
-        finally:
-            end()
 
     def _rollout_values(self, observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
         """Values of a rollout's observations (n_steps, n_envs)."""

@@ -363,13 +363,11 @@ class FunctionalJacobian(Jacobian):
     def J_v(self, v: th.Tensor) -> th.Tensor:
         if v.ndim == 2:
             return th.stack([self.J_v(column) for column in v.T], dim=1)
-        tangent = _unflatten(v, self.parameters)
-        try:
-            return th.func.jvp(self.critic, (self.parameters,), (tangent,))[1]
-        except NotImplementedError:  # attention, LSTM, weight_norm: the derivative of w -> J^T w, which is linear in w
-            with _twice_differentiable():
-                Jt_w = th.func.vjp(self.critic, self.parameters)[1]
-                return th.func.vjp(lambda w: Jt_w(w)[0], th.zeros_like(self.values))[1](tangent)[0]
+        # Backwards: the derivative of w -> J^T w, which is linear in w
+        return _jvp(
+            self.critic, self.parameters, v,
+            lambda Jt_w, tangent: th.func.vjp(lambda w: Jt_w(w)[0], th.zeros_like(self.values))[1](tangent)[0],
+        )  # fmt: skip
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
         if w.ndim == 2:
@@ -409,12 +407,20 @@ def _hessian_v(
     critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], w: th.Tensor, v: th.Tensor
 ) -> th.Tensor:
     gradient = th.func.grad(lambda p: (w * critic(p)).sum())
+    # Backwards: a Hessian is symmetric
+    return _flatten(_jvp(gradient, parameters, v, lambda H_v, tangent: H_v(tangent)[0]))
+
+
+def _jvp(
+    function: Callable[..., Any], parameters: dict[str, th.Tensor], v: th.Tensor, backwards: Callable[[Any, Any], Any]
+) -> Any:
+    """Product of a function's Jacobian with v; without forward mode by ``backwards``, from the product with the transpose."""
     tangent = _unflatten(v, parameters)
     try:
-        return _flatten(th.func.jvp(gradient, (parameters,), (tangent,))[1])
-    except NotImplementedError:  # as above; a Hessian is symmetric
+        return th.func.jvp(function, (parameters,), (tangent,))[1]
+    except NotImplementedError:  # torch's word for attention, LSTM, weight_norm and others
         with _twice_differentiable():
-            return _flatten(th.func.vjp(gradient, parameters)[1](tangent)[0])
+            return backwards(th.func.vjp(function, parameters)[1], tangent)
 
 
 @contextlib.contextmanager

@@ -218,7 +218,7 @@ def are_same(some: Sequence[th.Tensor], others: Sequence[th.Tensor]) -> bool:
 
 class StandIn:
     """
-    What takes the place of a method of one object for a while. In a copy of the object it is the method.
+    What takes the place of a method of one object inside a ``with`` block. In a copy of the object it is the method.
 
     :param owner: The object
     :param name: Of the method
@@ -232,6 +232,13 @@ class StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+    def __enter__(self) -> "StandIn":
+        vars(self.owner)[self.name] = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        vars(self.owner).pop(self.name, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Called before the copy has attributes of its own

@@ -99,3 +99,4 @@ def test_values_are_there_when_the_rollout_ends_and_nothing_is_left_behind() -> 
     assert len(callback.values) == 2 and all(np.isfinite(values).all() for values in callback.values)
     assert "forward" not in vars(model.policy)
     assert "compute_returns_and_advantage" not in vars(model.rollout_buffer)
+    assert th.distributions.Distribution._validate_args

@@ -32,6 +32,17 @@ def continuous(**arguments: Any) -> BLPO:
     return small(env=SpaceEnv(action_space=TORQUES), **arguments)
 
 
+def built_with(change: Callable[[Any], Any]) -> type[ActorCriticPolicy]:
+    """SB3's policy, with its networks changed while it is built."""
+
+    class Changed(ActorCriticPolicy):
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            change(self)
+
+    return Changed
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("ent_coef", [0.0, 0.01])
 @pytest.mark.parametrize("part", ["log_std", "action_net", "policy_net", "value_net", "actor", "critic", "all"])
@@ -49,12 +60,7 @@ def test_frozen_and_trained_again(part: str, ent_coef: float, solver: str) -> No
 
 
 def test_frozen_by_the_policy_and_trained_later() -> None:
-    class Frozen(ActorCriticPolicy):
-        def _build(self, lr_schedule: Any) -> None:
-            super()._build(lr_schedule)
-            self.mlp_extractor.policy_net.requires_grad_(False)
-
-    model = small(Frozen)
+    model = small(built_with(lambda policy: policy.mlp_extractor.policy_net.requires_grad_(False)))
     names = {name for name, _ in model.policy.named_parameters()}
     assert changed(model, lambda: model.learn(16)) == {name for name in names if "policy_net" not in name}
     model.policy.requires_grad_(True)
@@ -93,14 +99,11 @@ def test_a_frozen_parameter_that_allows_no_gradient() -> None:
             self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
             return x - self.mean.detach().clone()
 
-    class Centred(ActorCriticPolicy):
-        def _build(self, lr_schedule: Any) -> None:
-            super()._build(lr_schedule)
-            for name in ("policy_net", "value_net"):
-                setattr(self.mlp_extractor, name, nn.Sequential(Running(), *getattr(self.mlp_extractor, name)))
-            self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+    def centre(policy: Any) -> None:
+        for name in ("policy_net", "value_net"):
+            setattr(policy.mlp_extractor, name, nn.Sequential(Running(), *getattr(policy.mlp_extractor, name)))
 
-    model = small(Centred, ihvp_solver="none")
+    model = small(built_with(centre), ihvp_solver="none")
     assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
 
 
@@ -214,13 +217,7 @@ def test_pruned_weights_stay_zero(network: str) -> None:
 def test_spectral_norm() -> None:
     """Its weight is computed in a hook, from a parameter that comes after the bias."""
 
-    class Normed(ActorCriticPolicy):
-        def _build(self, lr_schedule: Any) -> None:
-            super()._build(lr_schedule)
-            self.mlp_extractor.value_net[0] = nn.utils.spectral_norm(self.mlp_extractor.value_net[0])
-            self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
-
-    model = small(Normed)
+    model = small(built_with(lambda policy: nn.utils.spectral_norm(policy.mlp_extractor.value_net[0])))
     model.policy.set_training_mode(False)
     observations, returns = th.randn(8, 3), th.randn(8)
     loss = (model.policy.predict_values(observations).flatten() - returns).square().mean()
@@ -234,17 +231,14 @@ def test_spectral_norm() -> None:
 @pytest.mark.parametrize("network", ["policy_net", "value_net"])
 @pytest.mark.parametrize("tied", ["layer", "weight"])
 def test_a_layer_used_twice(network: str, tied: str) -> None:
-    class Twice(ActorCriticPolicy):
-        def _build(self, lr_schedule: Any) -> None:
-            super()._build(lr_schedule)
-            layers = list(getattr(self.mlp_extractor, network))
-            again = layers[2] if tied == "layer" else nn.Linear(8, 8)
-            if tied == "weight":
-                again.weight = layers[2].weight
-            setattr(self.mlp_extractor, network, nn.Sequential(*layers, again, nn.Tanh()))
-            self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+    def use_twice(policy: Any) -> None:
+        layers = list(getattr(policy.mlp_extractor, network))
+        again = layers[2] if tied == "layer" else nn.Linear(8, 8)
+        if tied == "weight":
+            again.weight = layers[2].weight
+        setattr(policy.mlp_extractor, network, nn.Sequential(*layers, again, nn.Tanh()))
 
-    model = small(Twice, policy_kwargs={"net_arch": [8, 8]})
+    model = small(built_with(use_twice), policy_kwargs={"net_arch": [8, 8]})
     assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
 
 
@@ -257,13 +251,10 @@ def test_a_parameter_without_gradient_in_training() -> None:
         def forward(self, x: th.Tensor) -> th.Tensor:
             return self.always(x) if self.training else self.always(x) + self.at_evaluation(x)
 
-    class Branched(ActorCriticPolicy):
-        def _build(self, lr_schedule: Any) -> None:
-            super()._build(lr_schedule)
-            self.mlp_extractor.policy_net, self.mlp_extractor.value_net = nn.Sequential(Branches()), nn.Sequential(Branches())
-            self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+    def branch(policy: Any) -> None:
+        policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net = Branches(), Branches()
 
-    model = small(Branched)
+    model = small(built_with(branch))
     expected = {name for name, _ in model.policy.named_parameters() if "at_evaluation" not in name}
     assert changed(model, lambda: model.learn(16)) == expected
 
