@@ -231,7 +231,7 @@ def plot(turns: list[Turn]) -> None:
         "none": "#777777", "nystrom": "#d55e00", "nystrom columns": "#e69f00", "cg (50)": "#0072b2", "nystrom_cg": "#56b4e9",
         "exact": "#009e73",
     }  # fmt: skip
-    figure, axis = plt.subplots(figsize=(11, 4.2))
+    figure, axis = plt.subplots(figsize=(11, 4.6), layout="constrained")
     width = 0.8 / len(shown)
     for i, (name, colour) in enumerate(shown.items()):
         for x, env_id in enumerate(env_ids):
@@ -250,9 +250,8 @@ def plot(turns: list[Turn]) -> None:
     axis.set_xticks(range(len(env_ids)), [name.replace(" ", "\n") for name in env_ids], fontsize=8)
     axis.set_ylabel("runtime relative to PPO")
     axis.set_title("Time of a rollout and an update beside SB3's PPO, same schedule, one CPU thread (median, quartiles)")
-    axis.legend(ncols=4, fontsize=8)
     axis.set_ylim(0, None)
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=len(shown) + 1, fontsize=8, frameon=False)
     figure.savefig(RESULTS / "overhead.png", dpi=110, metadata={"Software": None})
 
 
