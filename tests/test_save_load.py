@@ -301,6 +301,17 @@ def test_start_from_the_policy_of_ppo() -> None:
     assert moved(actor, actor_of(model)) and moved(critic, critic_of(model))
 
 
+def test_save_with_another_policy(tmp_path: Path) -> None:
+    model = small().learn(16)
+    model.policy = PPO("MlpPolicy", SpaceEnv(), **(SMALL | {"seed": 1})).policy
+    model.save(tmp_path / "model")
+    loaded = BLPO.load(tmp_path / "model", device="cpu")
+    assert not differences(state_of(model), state_of(loaded))
+    model.policy = PPO("MlpPolicy", SpaceEnv(), **(SMALL | {"seed": 2})).policy
+    model.set_parameters(str(tmp_path / "model.zip"))
+    assert not differences(state_of(model), state_of(loaded))
+
+
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_load_with_another_number_of_environments(n_envs: int, tmp_path: Path) -> None:
     model = small(env=vec_env(SpaceEnv(), 2)).learn(32)
