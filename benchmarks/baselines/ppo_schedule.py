@@ -21,7 +21,7 @@ OF_BLPO, OF_PPO = (
 )
 #: What PPO's own trials found
 OF_ITS_OWN: dict[str, dict[str, Any]] = {
-    "Walker2d-v5": {"learning_rate": 5e-4, "gamma": 0.995, "gae_lambda": 0.9, "clip_range": 0.1},
+    "Walker2d-v5": {"learning_rate": "lin_5e-4", "gamma": 0.995, "gae_lambda": 0.9, "clip_range": 0.1},
 }
 NOT_SHARED = {"normalize_advantage", *(OF_BLPO.keys() - OF_PPO.keys())}
 
