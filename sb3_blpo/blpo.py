@@ -606,7 +606,7 @@ class BLPO(OnPolicyAlgorithm):
             self.sketch_generator.manual_seed(seed)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        self._look_at_policy()  # another one's optimizer has parameters of both networks
+        self._look_at_policy()  # one put in place since has an optimizer of both networks
         state_dicts, tensors = super()._get_torch_save_params()
         return [*state_dicts, "critic_optimizer"], tensors
 
