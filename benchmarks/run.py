@@ -61,7 +61,7 @@ class Algorithm(NamedTuple):
 
     algo: str
     config: Path | None = None
-    params: dict[str, Any] = {}  # noqa: RUF012
+    params: dict[str, Any] = {}  # noqa: RUF012, for nobody changes it
 
 
 class Cell(NamedTuple):

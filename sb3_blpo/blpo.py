@@ -606,7 +606,8 @@ class BLPO(OnPolicyAlgorithm):
             self.sketch_generator.manual_seed(seed)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        self._look_at_policy()  # one put in place since has an optimizer of both networks
+        if self._known_policy is not self.policy:  # whose optimizer still has the parameters of both networks
+            self._look_at_policy()
         state_dicts, tensors = super()._get_torch_save_params()
         return [*state_dicts, "critic_optimizer"], tensors
 

@@ -45,6 +45,8 @@ class ResumableCheckpoint(BaseCallback):
     :raises ValueError: If ``save_freq`` is not allowed, or the callback is inside of one that passes on steps alone
     """
 
+    model: BLPO
+
     def __init__(self, save_path: str | Path, save_freq: int = 1, reset_env: bool = False, verbose: int = 0) -> None:
         super().__init__(verbose)
         check("save_freq", POSITIVE, save_freq)
@@ -70,11 +72,11 @@ class ResumableCheckpoint(BaseCallback):
             self._save()
             if self.model.use_sde:
                 # SB3 drew this rollout's noise before; drawn again it follows from the saved states, as after resuming
-                self.model.policy.reset_noise(self.training_env.num_envs)  # type: ignore[operator]
+                self.model.policy.reset_noise(self.training_env.num_envs)
 
     def _on_training_end(self) -> None:
         # A callback that ends the training does so within a rollout
-        if self.model.num_timesteps > self.latest and self.model.rollout_buffer.full:  # type: ignore[attr-defined]
+        if self.model.num_timesteps > self.latest and self.model.rollout_buffer.full:
             self._save()
 
     def _save(self) -> None:
