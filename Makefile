@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Small networks: more threads would only wait for each other
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test slow conformance zoo fuzz soak mutation results ablation lint
+.PHONY: train test slow conformance zoo fuzz soak mutation results stage2 ablation lint
 
 train: $(INSTALLED)
 	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
@@ -48,6 +48,11 @@ mutation: $(INSTALLED)
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage stage1
 	$(BIN)/python benchmarks/report.py
+
+# The same over a million steps, and on more tasks. About 30 core-hours
+stage2: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py --stage stage2
+	$(BIN)/python benchmarks/report.py benchmarks/results/stage2/returns.csv
 
 # What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 5 core-hours, 4 after `results`; a killed run
 # goes on where it was

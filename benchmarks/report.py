@@ -1,8 +1,8 @@
 """
 Tables and figures of what run.py recorded.
 
-``python benchmarks/report.py`` reads ``benchmarks/results/returns.csv`` alone, complete or not, and writes ``report.md`` and
-figures beside it. What the numbers mean: returns.py.
+``python benchmarks/report.py`` reads ``benchmarks/results/returns.csv`` alone, or the CSV that it is given, complete or not,
+and writes ``report.md`` and figures beside it. What the numbers mean: returns.py.
 """
 
 import argparse
@@ -164,6 +164,18 @@ def differences(results: Results, other: str, left_out: Collection[str] = ()) ->
     )
 
 
+def tables(results: Results) -> str:
+    """
+    :param results: All runs
+    :return: The report, but for its figures
+    """
+    sections = {"Runs": inventory(results), "Aggregated": aggregate(results), "Tasks": by_task(results)}
+    for i, name in enumerate(DIFFERENCES_TO):
+        if name in results.algorithms:
+            sections[f"Differences to {name}"] = differences(results, name, left_out=DIFFERENCES_TO[:i])
+    return "# Returns\n\n" + "\n\n".join(f"## {title}\n\n{section}" for title, section in sections.items()) + "\n"
+
+
 def bar(axis: Any, found: Estimate, place: float, colour: str) -> None:
     """
     :param axis: Where to draw
@@ -305,11 +317,7 @@ def main() -> None:
     matplotlib.use("Agg")
     folder = arguments.folder or arguments.csv.parent
     results = Results(pd.read_csv(arguments.csv, dtype={"commit": str}))
-    sections = {"Runs": inventory(results), "Aggregated": aggregate(results), "Tasks": by_task(results)}
-    for i, name in enumerate(DIFFERENCES_TO):
-        if name in results.algorithms:
-            sections[f"Differences to {name}"] = differences(results, name, left_out=DIFFERENCES_TO[:i])
-    text = "# Returns\n\n" + "\n\n".join(f"## {title}\n\n{section}" for title, section in sections.items()) + "\n"
+    text = tables(results)
     (folder / "report.md").write_text(text)
     print(text)
     plot_curves(results, folder / "returns_curves.png")

@@ -2,7 +2,7 @@
 Returns of BLPO and of the baselines: environments × algorithms × seeds, trained and evaluated by RL Zoo.
 
 ``python benchmarks/run.py --stage stage1`` trains each cell of :data:`STAGES` in a process of its own and adds its evaluations
-to ``benchmarks/results/returns.csv``. Cells that are there already with the same hyperparameters are left out, so that a
+to the CSV that :data:`OUTPUTS` names. Cells that are there already with the same hyperparameters are left out, so that a
 killed run goes on where it was. ``--print-commands`` prints the Zoo's command for each cell, which gives the same evaluations:
 a separate environment with the training's normalisation, the deterministic policy, 10 episodes.
 """
@@ -44,7 +44,7 @@ from sb3_blpo.zoo import default_hyperparams
 
 ROOT = Path(__file__).parents[1]
 BASELINES = ROOT / "benchmarks" / "baselines"
-RETURNS = ROOT / "benchmarks" / "results" / "returns.csv"
+RESULTS = ROOT / "benchmarks" / "results"
 LOGS = ROOT / "logs" / "benchmarks"
 
 #: In as many environments: SB3 gives each the same number of them, so that short episodes are not preferred
@@ -161,6 +161,13 @@ STAGES = {
         Grid(MAIN, {"Pendulum-v1": 100_000, "LunarLanderContinuous-v3": 300_000}, n_evaluations=20),
     ],
     "ablation": [Grid((*MAIN, *VARIANTS), {task: SHORT[task] for task in ("Hopper-v5", "LunarLander-v3", "CartPole-v1")}, 10)],
+}
+
+#: One CSV for each report; the ablation is compared with what stage 1 trained
+OUTPUTS = {
+    "stage1": RESULTS / "returns.csv",
+    "stage2": RESULTS / "stage2" / "returns.csv",
+    "ablation": RESULTS / "returns.csv",
 }
 
 
@@ -435,7 +442,7 @@ def main() -> None:
     parser.add_argument("--envs", nargs="+", help="a part of the stage's")
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("-n", "--n-timesteps", type=int, help="instead of the stage's own")
-    parser.add_argument("--output", type=Path, default=RETURNS, help="the CSV")
+    parser.add_argument("--output", type=Path, help="the CSV, by default the stage's own")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument("--print-commands", action="store_true", help="print the Zoo's commands and train nothing")
     arguments = parser.parse_args()
@@ -456,7 +463,7 @@ def main() -> None:
         print("\n".join(f"{cell[:4]}: {command_of(cell)}" for cell in cells if cell.what.algo != "random"))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what else computes beside torch
-    if n_failed := run(cells, arguments.output, arguments.jobs):
+    if n_failed := run(cells, arguments.output or OUTPUTS[arguments.stage], arguments.jobs):
         sys.exit(f"{n_failed} of {len(cells)} cells failed, see {LOGS / 'output.txt'}")
 
 

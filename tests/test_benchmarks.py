@@ -260,6 +260,16 @@ def test_changed_default_of_the_solver(monkeypatch):
     assert [old == new for old, new in zip(before, after, strict=True)] == [False, True, True]
 
 
+def test_each_stage_has_its_csv(monkeypatch):
+    written = []
+    monkeypatch.setattr(run, "run", lambda cells, path, n_jobs: written.append(path))
+    for arguments in ([], ["--stage", "stage2"], ["--stage", "ablation"], ["--stage", "stage2", "--output", "x.csv"]):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        run.main()
+    assert written == [run.OUTPUTS["stage1"], run.OUTPUTS["stage2"], run.OUTPUTS["ablation"], Path("x.csv")]
+    assert run.OUTPUTS.keys() == run.STAGES.keys()
+
+
 def test_failed_cell(trained, tmp_path):
     path = tmp_path / "returns.csv"
     assert run.run([cell(seed=13), cell()], path, 1) == 1
@@ -473,6 +483,15 @@ def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     assert ("## Differences to BLPO none" in text) and ("no normalised score: " in text) == (left in ("no random", "one"))
     figures = {"returns_curves.png", "returns_summary.png", "returns_ablation.png"}
     assert {file.name for file in tmp_path.glob("*.png")} == figures
+
+
+@pytest.mark.parametrize("path", sorted(set(run.OUTPUTS.values())), ids=lambda path: path.parent.name)
+def test_reports_are_up_to_date(path):
+    """What the repository shows is what its CSV gives: else run benchmarks/report.py."""
+    if version("numpy") != "2.4.6":
+        pytest.skip("quantiles are those of numpy 2.4.6")
+    results = returns.Results(pd.read_csv(path, dtype={"commit": str}))
+    assert (path.parent / "report.md").read_text() == report.tables(results)
 
 
 # The ablation's variants
