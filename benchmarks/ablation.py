@@ -5,6 +5,7 @@ As a command it is RL Zoo's training script that knows them too: ``python benchm
 Hopper-v5 --conf-file hyperparams/blpo.yml``.
 """
 
+import operator
 import runpy
 from typing import Any
 
@@ -16,7 +17,7 @@ from sb3_blpo import BLPO
 from sb3_blpo.curvature import Curvature
 from sb3_blpo.hypergradient import Hypergradient
 from sb3_blpo.ihvp import Solution, Solver
-from sb3_blpo.segments import Segment
+from sb3_blpo.segments import Segment, each
 
 
 class SegmentOfRollout(Segment):
@@ -31,14 +32,54 @@ class SegmentOfRollout(Segment):
 class RolloutAdvantages(BLPO):
     """Advantages under the rollout's critic, as PPO's, and not under the critic after its nested updates."""
 
-    def _segments(self) -> list[Segment]:
-        segments: list[Segment] = []
+    def _segments(self) -> list[SegmentOfRollout]:
+        segments: list[SegmentOfRollout] = []
         with self.critic.evaluation_mode():
             for segment in super()._segments():
                 kept = SegmentOfRollout(*segment)
                 kept.rollout_advantages = segment.advantages(self.critic.values(segment.observations))
                 segments.append(kept)
         return segments
+
+
+class Shuffled(RolloutAdvantages):
+    """
+    Minibatches of transitions in random order, as PPO's, but drawn once a rollout and not for each epoch. For "none" alone:
+    they are no stretch of time any more.
+    """
+
+    def _segments(self) -> list[SegmentOfRollout]:
+        whole = super()._segments()
+        states = each(lambda *parts: th.cat(parts), *(segment.states for segment in whole))
+        actions, old_log_prob, returns, advantages = (
+            th.cat(parts)
+            for parts in zip(*((s.actions, s.old_log_prob, s.returns, s.rollout_advantages) for s in whole), strict=True)
+        )
+        segments: list[SegmentOfRollout] = []
+        for index in th.randperm(len(returns), device=returns.device).split(self.batch_size):
+            shuffled = SegmentOfRollout(
+                each(operator.itemgetter(index), states),
+                actions[index],
+                old_log_prob[index],
+                returns[index],
+                truncated=index[:0],
+                lambda_return=whole[0].lambda_return,
+            )
+            shuffled.rollout_advantages = advantages[index]
+            segments.append(shuffled)
+        return segments
+
+
+class OneRate(BLPO):
+    """The critic's learning rate is the actor's, as PPO's."""
+
+    def _setup_model(self) -> None:
+        self.critic_learning_rate = self.learning_rate
+        super()._setup_model()
+
+
+class TowardsPPO(Shuffled, OneRate):
+    """Both."""
 
 
 class LargerStep(BLPO):
@@ -105,6 +146,9 @@ class ConstantU(BLPO):
 
 ALGOS |= {
     "blpo_rollout_advantages": RolloutAdvantages,
+    "blpo_shuffled": Shuffled,
+    "blpo_one_rate": OneRate,
+    "blpo_towards_ppo": TowardsPPO,
     "blpo_larger_step": LargerStep,
     "blpo_no_curvature": NoCurvature,
     "blpo_constant_u": ConstantU,

@@ -146,7 +146,16 @@ VARIANTS = {
     "BLPO, no cap": Algorithm("blpo", params={"max_correction_ratio": None}),
     **{f"BLPO, n_critic_updates {n}": Algorithm("blpo", params={"n_critic_updates": n}) for n in (1, 10)},
 }
-ALGORITHMS |= VARIANTS
+#: What else sets "none" apart from PPO with its schedule
+TOWARDS_PPO = {
+    "BLPO none, shuffled": Algorithm("blpo_shuffled", default_hyperparams(), {"ihvp_solver": "none"}),
+    "BLPO none, actor's rate": Algorithm("blpo_one_rate", default_hyperparams(), {"ihvp_solver": "none"}),
+    "BLPO none, normalized": Algorithm("blpo", params={"ihvp_solver": "none", "normalize_advantage": True}),
+    "BLPO none, all three": Algorithm(
+        "blpo_towards_ppo", default_hyperparams(), {"ihvp_solver": "none", "normalize_advantage": True}
+    ),
+}
+ALGORITHMS |= VARIANTS | TOWARDS_PPO
 MAIN = ("random", "BLPO", "BLPO none", "PPO (tuned)", "PPO (BLPO's schedule)")
 TRPO = ("TRPO (tuned)",)
 MUJOCO = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
@@ -160,7 +169,10 @@ STAGES = {
         Grid(MAIN + TRPO, {"Ant-v5": 1_000_000, "Swimmer-v5": 1_000_000}, n_evaluations=20),
         Grid(MAIN, {"Pendulum-v1": 100_000, "LunarLanderContinuous-v3": 300_000}, n_evaluations=20),
     ],
-    "ablation": [Grid((*MAIN, *VARIANTS), {task: SHORT[task] for task in ("Hopper-v5", "LunarLander-v3", "CartPole-v1")}, 10)],
+    "ablation": [
+        Grid((*MAIN, *VARIANTS), {task: SHORT[task] for task in ("Hopper-v5", "LunarLander-v3", "CartPole-v1")}, 10),
+        Grid((*MAIN, *TOWARDS_PPO), {"Hopper-v5": SHORT["Hopper-v5"]}, 10),
+    ],
 }
 
 #: One CSV for each report; the ablation is compared with what stage 1 trained

@@ -6,7 +6,7 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -400,7 +400,7 @@ class BLPO(OnPolicyAlgorithm):
         """
         return self.actor.chain is not None and self.critic.chain is not None and self.curvature == "gauss_newton"
 
-    def _segments(self) -> list[Segment]:
+    def _segments(self) -> Sequence[Segment]:
         """Cut the rollout into minibatches."""
         assert self._last_obs is not None and self._last_episode_starts is not None
         buffer = self.rollout_buffer

@@ -515,6 +515,21 @@ def test_rollout_advantages(monkeypatch):
     np.testing.assert_allclose(np.sort(th.cat(taken)), np.sort(theirs.flatten()), rtol=1e-4, atol=1e-5)
 
 
+def test_shuffled():
+    """The same transitions as of the rollout's stretches, whole, in another order."""
+    variant = model(ablation.Shuffled, ihvp_solver="none").learn(128)
+
+    def rows(segments):
+        parts = ((s.states, s.actions, s.old_log_prob, s.returns, s.rollout_advantages) for s in segments)
+        return np.concatenate([np.column_stack(part) for part in parts])
+
+    segments, stretches = variant._segments(), super(ablation.Shuffled, variant)._segments()
+    assert [segment.n_transitions for segment in segments] == [32] * 4
+    found, wanted = rows(segments), rows(stretches)
+    assert not np.array_equal(found, wanted)
+    np.testing.assert_array_equal(found[np.lexsort(found.T)], wanted[np.lexsort(wanted.T)])
+
+
 def test_larger_step():
     """The same direction as "none", and a rate of (1 + 1) times its own where the correction is capped at 1."""
     rates = []
