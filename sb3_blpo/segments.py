@@ -99,7 +99,7 @@ class Segment(NamedTuple):
 
     def return_gradient(self, weights: th.Tensor) -> th.Tensor:
         """
-        Coefficients c of sum_t weights_t grad Q_t = sum_j c_j grad V(s_j), Q_t the lambda-returns (math: z, then c).
+        Coefficients c of sum_t weights_t grad Q_t = sum_j c_j grad V(s_j), Q_t the lambda-returns.
 
         :param weights: (N,)
         :return: c, one for each of :attr:`observations`

@@ -30,8 +30,8 @@ class Nystrom(Solver):
     from T = C M^(-1/2), as I/alpha - (1/alpha) T (alpha I + T^T T)^-1 T^T.
 
     Among values (sketch "values"): the Gram matrix K = J J^T of the critic's gradients, in which the exact solution can be
-    written (math: ``exact``), becomes K_Q = K[:, S] K[S, S]^+ K[S, :], S being k of the minibatch's states and those that it
-    bootstraps from. That is the exact solution within the span of the gradients of these values (Rudi, Camoriano & Rosasco,
+    written, becomes K_Q = K[:, S] K[S, S]^+ K[S, :], S being k of the minibatch's states and at most as many of those that it
+    bootstraps from besides. That is the exact solution within the span of the gradients of these values (Rudi, Camoriano & Rosasco,
     NeurIPS 2015, arXiv 1507.04717). What lies outside is left out, where the first way multiplies it by 1/alpha: what the
     sketch does not catch never makes the correction larger.
 
