@@ -31,9 +31,9 @@ class Nystrom(Solver):
 
     Among values (sketch "values"): the Gram matrix K = J J^T of the critic's gradients, in which the exact solution can be
     written, becomes K_Q = K[:, S] K[S, S]^+ K[S, :], S being k of the minibatch's states and at most as many of those that it
-    bootstraps from besides. That is the exact solution within the span of the gradients of these values (Rudi, Camoriano & Rosasco,
-    NeurIPS 2015, arXiv 1507.04717). What lies outside is left out, where the first way multiplies it by 1/alpha: what the
-    sketch does not catch never makes the correction larger.
+    bootstraps from besides. That is the exact solution within the span of the gradients of these values (Rudi, Camoriano &
+    Rosasco, NeurIPS 2015, arXiv 1507.04717). What lies outside is left out, where the first way multiplies it by 1/alpha: what
+    the sketch does not catch never makes the correction larger.
 
     :param rank: Number k, at least 1, clamped to what there is
     :param sketch: "values": one state from each of k equal stretches of the minibatch; "columns" (the paper's): k of the unit
