@@ -15,7 +15,6 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
@@ -23,13 +22,14 @@ from torch.nn import functional as F
 from sb3_blpo.chain import Chain
 from sb3_blpo.checks import not_finite
 from sb3_blpo.distributions import Bernoulli, Categorical, DiagGaussian, MultiCategorical, WrittenOut
-from sb3_blpo.jacobian import ChainJacobian, FunctionalJacobian, Jacobian, LayerJacobian
+from sb3_blpo.jacobian import AutogradJacobian, ChainJacobian, FunctionalJacobian, Jacobian, LayerJacobian
+from sb3_blpo.optimizers import are_same
 from sb3_blpo.policies import (
     acts_as_trained,
-    are_same,
     chain_of,
     flat_features,
     is_hooked,
+    is_mlp,
     is_sb3,
     log_prob_and_entropy,
     plain_layers,
@@ -61,6 +61,8 @@ class Critic(nn.Module):
         self.chain: Chain | None = None
         if self.layers is not None:
             self.chain = chain_of(policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net)
+        #: Whether torch.func can transform it, as far as is known
+        self.functional = True
         #: Of actor and critic, what normalisation layers keep; a mask of -inf is none of it
         self.statistics = [x for x in policy.buffers() if x.is_floating_point() and x.isfinite().all()]
 
@@ -127,7 +129,12 @@ class Critic(nn.Module):
         def values(parameters: dict[str, th.Tensor]) -> th.Tensor:
             return th.func.functional_call(self, parameters, (observations,))
 
-        return FunctionalJacobian(values, self.trainable, generator)
+        if self.functional:
+            try:
+                return FunctionalJacobian(values, self.trainable, generator)
+            except RuntimeError:  # torch.func has its limits
+                self.functional = False
+        return AutogradJacobian(values, self.trainable, generator)
 
     def _features(self, observations: PyTorchObs) -> th.Tensor:
         return flat_features(self.policy, self.policy.vf_features_extractor, observations)
@@ -203,7 +210,7 @@ class Actor:
         self.acts_as_sb3 = plain and is_sb3(policy, "forward", "predict_values") and not any(map(is_hooked, policy.modules()))
         self.chain: Chain | None = None
         plain = plain and is_sb3(policy, "_get_action_dist_from_latent")
-        if plain and type(policy.mlp_extractor) is MlpExtractor and type(policy.action_dist) in WRITTEN_OUT:
+        if plain and is_mlp(policy.mlp_extractor, "forward_actor") and type(policy.action_dist) in WRITTEN_OUT:
             chain = chain_of(policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
             beside = [policy.log_std] if type(policy.action_dist) is DiagGaussianDistribution else []
             layers = [] if chain is None else chain.layers

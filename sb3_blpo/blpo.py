@@ -26,7 +26,7 @@ from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import Solver, make_solver
-from sb3_blpo.optimizers import Snapshot, gradient_vector, leave_to, make_optimizer, parameters_of
+from sb3_blpo.optimizers import Snapshot, gradient_vector, leave_to, make_optimizer, optimizes, parameters_of
 from sb3_blpo.policies import StandIn, appearance, has_own, split_parameters, unshare_features_extractor
 from sb3_blpo.segments import Rollout, Segment, Truncation, each
 
@@ -222,12 +222,16 @@ class BLPO(OnPolicyAlgorithm):
         Split the policy into actor and critic, anew where it is no longer the same: users put another policy or optimizer in
         its place, freeze parameters and register hooks between updates.
         """
+        present = {id(parameter) for parameter in self.policy.parameters()}
         trained = {id(parameter) for parameter in self.policy.parameters() if parameter.requires_grad}
-        if self._known_policy is not self.policy or not trained <= self._known_parameters:
+        if self._known_policy is not self.policy or not trained <= self._known_parameters <= present:
             unshare_features_extractor(self.policy)
             actor, critic = split_parameters(self.policy, self.observation_space)
-            self.policy.optimizer = make_optimizer(self.policy, actor, self.lr_schedule(1))
-            self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1))
+            # In a copy, or for a policy that was compiled, the optimizers are right and have their state
+            if not optimizes(self.policy.optimizer, actor.values()):
+                self.policy.optimizer = make_optimizer(self.policy, actor, self.lr_schedule(1))
+            if not optimizes(getattr(self, "critic_optimizer", None), critic.values()):
+                self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1))
             self._known_policy = self.policy
             self._known_parameters = {id(parameter) for parameter in (*actor.values(), *critic.values())}
         looks = (self.policy.optimizer, self.critic_optimizer, appearance(self.policy))
@@ -292,8 +296,8 @@ class BLPO(OnPolicyAlgorithm):
     @contextlib.contextmanager
     def _lean_acting(self, rollout_buffer: RolloutBuffer) -> Iterator[None]:
         """Act without the critic; when the rollout is full, it sees all observations at once: nobody needs values earlier."""
-        patched = has_own(self.policy, "forward") or has_own(rollout_buffer, "compute_returns_and_advantage")
-        if patched or not self.actor.acts_as_sb3 or type(rollout_buffer) not in (RolloutBuffer, DictRolloutBuffer):
+        plain = type(rollout_buffer) in (RolloutBuffer, DictRolloutBuffer)
+        if not self.actor.acts_as_sb3 or not plain or has_own(rollout_buffer, "compute_returns_and_advantage"):
             yield
             return
 
@@ -354,7 +358,7 @@ class BLPO(OnPolicyAlgorithm):
         for epoch in range(self.n_epochs):
             first_of_epoch = len(stats)
             # Every minibatch is a stretch of time; their order is random
-            for index in th.randperm(len(segments)).tolist():
+            for index in th.randperm(len(segments), device="cpu").tolist():
                 segment = segments[index]
                 with Snapshot.of(self.critic_optimizer, buffers), th.inference_mode(self._by_hand):
                     # Follower: nested updates towards the best response to the current actor
@@ -419,7 +423,6 @@ class BLPO(OnPolicyAlgorithm):
             self._truncations,
             terminal_values,
             self.gamma,
-            self.gae_lambda,
         )
         return list(rollout.segments(self.batch_size))
 

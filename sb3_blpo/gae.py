@@ -49,7 +49,8 @@ class DiscountedSum:
             # U[t, k] = (gamma lambda)^(k - t) from t on to the end of its episode (n_envs, T, T)
             time = th.arange(len(done), device=done.device)
             powers = th.tensor(discount, dtype=done.dtype, device=done.device) ** (time - time[:, None]).clamp_min(0)
-            episode = (done.cumsum(0) - done).T
+            ended = done.long()
+            episode = (ended.cumsum(0) - ended).T
             self.matrix = (powers * (episode[:, :, None] == episode[:, None])).triu()
 
     def __call__(self, x: th.Tensor) -> th.Tensor:

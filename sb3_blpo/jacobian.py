@@ -3,11 +3,12 @@ Products with the critic's Jacobian J, whose row j is the gradient of the value 
 
 :class:`ChainJacobian` serves critics that are Linear layers and elementwise activations one after another,
 :class:`LayerJacobian` whatever else is made of these and Conv2d layers: neither forms J. :class:`FunctionalJacobian` serves
-every other critic through torch.func.
+every other critic through torch.func, :class:`AutogradJacobian` those that it cannot transform.
 """
 
 import contextlib
 import functools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -386,12 +387,60 @@ class FunctionalJacobian(Jacobian):
         return J_transposed.T @ J_transposed
 
     def squared_norm(self, n: int) -> th.Tensor:
-        signs = th.randint(2, (self.n_probes, n), generator=self.generator).to(self.values) * 2 - 1
+        coins = th.randint(2, (self.n_probes, n), generator=self.generator, device=self.generator.device)
+        signs = coins.to(self.values) * 2 - 1
         probes = F.pad(signs, (0, len(self.values) - n))
         return th.stack([self.Jt_w(probe).square().sum() for probe in probes]).mean()
 
     def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
         return _hessian_v(self.critic, self.parameters, w, v)
+
+
+class AutogradJacobian(FunctionalJacobian):
+    """
+    The same without torch.func, for critics that it cannot transform: an ``autograd.Function`` without ``setup_context()``,
+    checkpointing, buffers that every forward pass updates in place. Products with J, too, are made backwards.
+
+    :param critic: Maps a dictionary of parameters to the values (n_rows,)
+    :param parameters: The critic's parameters by name
+    :param generator: Source of the probes
+    """
+
+    def __init__(
+        self, critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], generator: th.Generator
+    ) -> None:
+        self.parameters = parameters
+        self.generator = generator
+        with th.enable_grad(), _twice_differentiable():
+            self._graph = critic(parameters)
+        Jacobian.__init__(self, self._graph.detach(), sum(parameter.numel() for parameter in parameters.values()))
+
+    def _by_parameters(self, output: th.Tensor, weights: th.Tensor, create_graph: bool = False) -> th.Tensor:
+        """Gradient of <output, weights> (n_params,)."""
+        if not output.requires_grad:
+            return weights.new_zeros(self.n_params)
+        with th.enable_grad(), _twice_differentiable():
+            gradients = th.autograd.grad(
+                output, list(self.parameters.values()), weights, retain_graph=True, create_graph=create_graph,
+                allow_unused=True, materialize_grads=True,
+            )  # fmt: skip
+            return th.cat([gradient.flatten() for gradient in gradients])
+
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        if v.ndim == 2:
+            return th.stack([self.J_v(column) for column in v.T], dim=1)
+        w = th.zeros_like(self.values).requires_grad_()
+        Jt_w = self._by_parameters(self._graph, w, create_graph=True)
+        with _twice_differentiable():
+            return th.autograd.grad(Jt_w, w, v)[0]
+
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        if w.ndim == 2:
+            return th.stack([self.Jt_w(column) for column in w.T], dim=1)
+        return self._by_parameters(self._graph, w)
+
+    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
+        return self._by_parameters(self._by_parameters(self._graph, w, create_graph=True), v)
 
 
 def _flatten(tree: dict[str, th.Tensor]) -> th.Tensor:
@@ -411,13 +460,18 @@ def _hessian_v(
     return _flatten(_jvp(gradient, parameters, v, lambda H_v, tangent: H_v(tangent)[0]))
 
 
+#: torch's levels of forward mode belong to the process, and not to a thread
+_FORWARD_MODE = threading.Lock()
+
+
 def _jvp(
     function: Callable[..., Any], parameters: dict[str, th.Tensor], v: th.Tensor, backwards: Callable[[Any, Any], Any]
 ) -> Any:
     """Product of a function's Jacobian with v; without forward mode by ``backwards``, from the product with the transpose."""
     tangent = _unflatten(v, parameters)
     try:
-        return th.func.jvp(function, (parameters,), (tangent,))[1]
+        with _FORWARD_MODE:
+            return th.func.jvp(function, (parameters,), (tangent,))[1]
     except NotImplementedError:  # torch's word for attention, LSTM, weight_norm and others
         with _twice_differentiable():
             return backwards(th.func.vjp(function, parameters)[1], tangent)

@@ -2,6 +2,7 @@
 The optimizers of leader and follower: how they are made, their parameters, and undoing what one of them did.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -29,6 +30,24 @@ def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
     :return: Those of its parameters that are not frozen, in order
     """
     return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
+
+
+def optimizes(optimizer: th.optim.Optimizer | None, parameters: Iterable[th.Tensor]) -> bool:
+    """
+    :param optimizer: An optimizer
+    :param parameters: Parameters, frozen ones too
+    :return: Whether it has these, in this order, and no others
+    """
+    return optimizer is not None and are_same([p for group in optimizer.param_groups for p in group["params"]], [*parameters])
+
+
+def are_same(some: Sequence[th.Tensor], others: Sequence[th.Tensor]) -> bool:
+    """
+    :param some: Tensors
+    :param others: Tensors
+    :return: Whether they are the same ones in the same order
+    """
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 def leave_to(first: th.optim.Optimizer, other: th.optim.Optimizer) -> None:

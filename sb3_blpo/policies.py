@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn.modules import activation
 
 from sb3_blpo.chain import Chain
+from sb3_blpo.optimizers import are_same
 
 #: Activations that act on every element by itself and have no parameters
 ELEMENTWISE = (
@@ -29,6 +31,12 @@ ELEMENTWISE = (
     activation.GELU, activation.SiLU, activation.Mish, activation.Tanh, activation.Sigmoid, activation.Softplus,
     activation.Softsign, activation.Hardtanh, activation.Hardswish, activation.Hardsigmoid, activation.LogSigmoid,
     activation.Softshrink, activation.Hardshrink, activation.Tanhshrink, nn.Identity,
+)  # fmt: skip
+
+#: Methods of a policy and of its mlp_extractor, beside ``forward``, that users may replace on one object
+METHODS = (
+    "evaluate_actions", "get_distribution", "extract_features", "predict_values", "_get_action_dist_from_latent",
+    "forward_actor", "forward_critic",
 )  # fmt: skip
 
 #: What combines them
@@ -51,6 +59,7 @@ def unshare_features_extractor(policy: ActorCriticPolicy) -> None:
 
 
 def _constructor_parameters(policy: ActorCriticPolicy) -> dict[str, Any]:
+    policy = getattr(policy, "_orig_mod", policy)  # of torch.compile
     return type(policy)._get_constructor_parameters(policy) | {"share_features_extractor": False}
 
 
@@ -64,10 +73,15 @@ def split_parameters(
     :param observation_space: Of the policy
     :return: The actor's and the critic's parameters by name, in the policy's order; frozen ones too, so that they can be
         trained later
-    :raises ValueError: If a trainable parameter belongs to both or to neither
+    :raises ValueError: If a trainable parameter belongs to both or to neither, or is not float32
     """
     named = {name: p for name, p in policy.named_parameters() if p.is_floating_point() or p.is_complex()}
     trainable = {name for name, parameter in named.items() if parameter.requires_grad}
+    for name in trainable:
+        if named[name].dtype != th.float32:
+            raise ValueError(
+                f"BLPO trains parameters of torch.float32, but `{name}` of {type(policy).__name__} is {named[name].dtype}."
+            )
     training = policy.training
     policy.set_training_mode(False)
     try:
@@ -101,8 +115,7 @@ def _dependences(
     policy: ActorCriticPolicy, named: dict[str, nn.Parameter], observation_space: spaces.Space
 ) -> tuple[set[str], set[str]]:
     """Names of the parameters that the action distribution and the value depend on."""
-    # A copy of the space: sampling must not disturb an environment that draws from its own space
-    observation = policy.obs_to_tensor(copy.deepcopy(observation_space).sample())[0]
+    observation = policy.obs_to_tensor(_example(observation_space))[0]
     with th.no_grad():
         actions = policy.get_distribution(observation).get_actions(deterministic=True)
     outputs = [log_prob_and_entropy(policy, observation, actions)[0].sum(), policy.predict_values(observation).sum()]
@@ -111,6 +124,16 @@ def _dependences(
     gradients = (th.autograd.grad(output, list(named.values()), allow_unused=True) for output in outputs)
     by_actor, by_critic = ({name for name, g in zip(named, found, strict=True) if g is not None} for found in gradients)
     return by_actor, by_critic
+
+
+def _example(space: spaces.Space) -> Any:
+    """An observation of moderate size: what an unbounded space draws may overflow in the networks."""
+    if isinstance(space, spaces.Dict):
+        return {key: _example(part) for key, part in space.spaces.items()}
+    if isinstance(space, spaces.Box):
+        return np.clip(np.random.default_rng(0).random(space.shape), space.low, space.high).astype(space.dtype)
+    # A copy: sampling must not disturb an environment that draws from its own space
+    return copy.deepcopy(space).sample()
 
 
 def log_prob_and_entropy(
@@ -128,15 +151,18 @@ def log_prob_and_entropy(
     return policy.evaluate_actions(observations, actions)[1:]  # what PPO trains
 
 
-def appearance(policy: ActorCriticPolicy) -> list[bool]:
+def appearance(policy: ActorCriticPolicy) -> list[Any]:
     """
     What of a policy decides how :class:`Actor` and :class:`Critic` treat it, and may change at any time.
 
     :param policy: The policy
-    :return: Of each parameter whether it is trained and whether it has hooks, of each module whether it has
+    :return: Of each parameter whether it is trained and whether it has hooks; each module, and whether it has; of each method
+        whether the policy has its own; its distribution
     """
     of_parameters = [flag for p in policy.parameters() for flag in (p.requires_grad, bool(p._backward_hooks))]
-    return of_parameters + [is_hooked(module) for module in policy.modules()]
+    of_modules = [part for module in policy.modules() for part in (module, is_hooked(module))]
+    own = [has_own(owner, name) for owner in (policy, getattr(policy, "mlp_extractor", policy)) for name in METHODS]
+    return [*of_parameters, *of_modules, *own, getattr(policy, "action_dist", None)]
 
 
 def plain_layers(policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> list[nn.Linear | nn.Conv2d] | None:
@@ -148,7 +174,7 @@ def plain_layers(policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> 
     :param parameters: The critic's trainable parameters
     :return: The layers in the order of the parameters; ``None`` for any other critic
     """
-    if not is_sb3(policy, "predict_values", "extract_features") or type(policy.mlp_extractor) is not MlpExtractor:
+    if not is_sb3(policy, "predict_values", "extract_features") or not is_mlp(policy.mlp_extractor, "forward_critic"):
         return None
     parts = [policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net]
     modules = [module for part in parts for _, module in part.named_modules(remove_duplicate=False)]
@@ -190,6 +216,8 @@ def flat_features(policy: ActorCriticPolicy, extractor: BaseFeaturesExtractor, o
 def _is_plain(module: nn.Module) -> bool:
     if not module._parameters.keys() <= {"weight", "bias"}:
         return False  # what prunes or normalises weights computes them from parameters of other names
+    if has_own(module, "forward"):
+        return False
     if isinstance(module, nn.Conv2d):
         zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return type(module) is nn.Conv2d and module.groups == 1 and zeros
@@ -201,19 +229,19 @@ def _is_plain(module: nn.Module) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """
     :param module: A module
-    :return: Whether calls of itself, and not of its parts alone, have hooks
+    :return: Whether calls of itself, and not of its parts alone, have hooks, or a ``forward`` of this object's own
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or has_own(module, "forward")
 
 
-def are_same(some: Sequence[th.Tensor], others: Sequence[th.Tensor]) -> bool:
+def is_mlp(extractor: nn.Module, *methods: str) -> bool:
     """
-    :param some: Tensors
-    :param others: Tensors
-    :return: Whether they are the same ones in the same order
+    :param extractor: Of the networks' last hidden layers
+    :param methods: Names of its methods
+    :return: Whether it is SB3's, with these methods
     """
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+    return type(extractor) is MlpExtractor and not any(has_own(extractor, method) for method in methods)
 
 
 class StandIn:
@@ -249,10 +277,12 @@ def has_own(owner: Any, name: str) -> bool:
     """
     :param owner: An object
     :param name: Of a method
-    :return: Whether the object has another one than its class
+    :return: Whether the object has another one than its class, and no stand-in of ours
     """
     own = vars(owner).get(name)
-    return own is not None and getattr(own, "__func__", None) is not getattr(type(owner), name)
+    if own is None or isinstance(own, StandIn):
+        return False
+    return getattr(own, "__func__", None) is not getattr(type(owner), name, None)
 
 
 def acts_as_trained(policy: ActorCriticPolicy) -> bool:
@@ -270,4 +300,7 @@ def is_sb3(policy: ActorCriticPolicy, *methods: str) -> bool:
     :param methods: Names of methods
     :return: Whether it has them from SB3's base class
     """
-    return all(getattr(type(policy), method, None) is getattr(ActorCriticPolicy, method) for method in methods)
+    return all(
+        getattr(type(policy), method, None) is getattr(ActorCriticPolicy, method) and not has_own(policy, method)
+        for method in methods
+    )

@@ -31,7 +31,7 @@ ENTRY = "resume.pkl"
 class ResumableCheckpoint(BaseCallback):
     """
     Save the model, its environment and all generators between two rollouts, in one zip for :func:`resume` (and for
-    ``BLPO.load``), replaced as a whole each time; also when ``learn`` ends.
+    ``BLPO.load``), replaced as a whole each time, and when ``learn`` ends after a whole rollout.
 
     Resume with the same callback: what it does is then the same, too.
 

@@ -122,13 +122,12 @@ class Rollout:
     """
     A finished rollout, ready to be cut into segments.
 
-    :param buffer: The full rollout buffer
+    :param buffer: The full rollout buffer, whose discounts count, as for its returns
     :param last_observation: Observation after the last step, as the policy takes it (n_envs, ...)
     :param last_done: Whether the last step ended the episode (n_envs,)
     :param truncations: The rollout's truncated steps
     :param terminal_values: Their terminal observations' values under the rollout's critic (n_truncated,)
-    :param gamma: Discount factor, with which SB3 added these values to the rewards
-    :param gae_lambda: Factor of GAE
+    :param gamma: Discount factor with which SB3 added these values to the rewards
     """
 
     def __init__(
@@ -139,19 +138,25 @@ class Rollout:
         truncations: list[Truncation],
         terminal_values: th.Tensor,
         gamma: float,
-        gae_lambda: float,
     ) -> None:
-        self.gamma, self.gae_lambda = gamma, gae_lambda
+        self.gamma, self.gae_lambda = buffer.gamma, buffer.gae_lambda
         device = buffer.device
         self.n_steps, self.n_envs = buffer.rewards.shape
         self.last_observation = last_observation
         self.truncations = truncations
-        self.observations = each(lambda obs: th.as_tensor(obs, device=device), buffer.observations)
+
+        def in_time(array: np.ndarray, *shape: int) -> np.ndarray:
+            if not buffer.generator_ready:
+                return array
+            # The buffer's get(), which a callback may call, has put them environment by environment
+            return array.reshape(self.n_envs, self.n_steps, *shape).swapaxes(0, 1)
+
+        self.observations = each(lambda obs: th.as_tensor(in_time(obs, *obs.shape[1:]), device=device), buffer.observations)
         # As SB3's buffer hands them out: float32, int64 for discrete actions
-        actions = th.as_tensor(buffer.actions.astype(np.float32), device=device)
+        actions = th.as_tensor(in_time(buffer.actions, *buffer.actions.shape[1:]).astype(np.float32), device=device)
         self.actions = actions.long().squeeze(2) if isinstance(buffer.action_space, spaces.Discrete) else actions
-        self.old_log_prob = th.as_tensor(buffer.log_probs, device=device)
-        self.returns = th.as_tensor(buffer.returns, device=device)
+        self.old_log_prob = th.as_tensor(in_time(buffer.log_probs), device=device)
+        self.returns = th.as_tensor(in_time(buffer.returns), device=device)
         done = np.concatenate([buffer.episode_starts[1:], last_done[None]])
         self.done = th.as_tensor(done.astype(np.float32), device=device)
         rewards = buffer.rewards.copy()

@@ -1,5 +1,7 @@
 """Products with the critic's Jacobian, and chains differentiated by hand, against automatic differentiation."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -13,7 +15,15 @@ from torch import nn
 
 from sb3_blpo.actor_critic import Critic
 from sb3_blpo.chain import Chain
-from sb3_blpo.jacobian import ChainJacobian, ConvRows, FunctionalJacobian, Jacobian, LayerJacobian, LinearRows
+from sb3_blpo.jacobian import (
+    AutogradJacobian,
+    ChainJacobian,
+    ConvRows,
+    FunctionalJacobian,
+    Jacobian,
+    LayerJacobian,
+    LinearRows,
+)
 from sb3_blpo.policies import ELEMENTWISE, split_parameters, unshare_features_extractor
 
 BODIES = {
@@ -30,9 +40,11 @@ BODIES = {
 }  # fmt: skip
 
 
-def functional(critic: nn.Module, observations: th.Tensor) -> FunctionalJacobian:
+def functional(
+    critic: nn.Module, observations: th.Tensor, kind: type[FunctionalJacobian] = FunctionalJacobian
+) -> FunctionalJacobian:
     parameters: dict[str, th.Tensor] = dict(critic.named_parameters())
-    return FunctionalJacobian(
+    return kind(
         lambda p: th.func.functional_call(critic, p, (observations,)).flatten(), parameters, th.Generator().manual_seed(0)
     )
 
@@ -47,7 +59,7 @@ def is_chain(body: nn.Sequential) -> bool:
     return not any(isinstance(module, nn.Conv2d) for module in body)
 
 
-@pytest.fixture(params=["layers", "chain", "functional"])
+@pytest.fixture(params=["layers", "chain", "functional", "autograd"])
 def jacobian_and_dense(request, body):
     observations = th.randn(11, 3, dtype=th.float64)
     if request.param == "layers" or (request.param == "chain" and not is_chain(body)):
@@ -55,7 +67,7 @@ def jacobian_and_dense(request, body):
     elif request.param == "chain":
         jacobian = ChainJacobian(Chain(list(body)), observations)
     else:
-        jacobian = functional(body, observations)
+        jacobian = functional(body, observations, FunctionalJacobian if request.param == "functional" else AutogradJacobian)
     function, flat = as_flat_function(body, observations)
     return jacobian, th.autograd.functional.jacobian(lambda p: function(p).flatten(), flat), body(observations).flatten()
 
@@ -96,6 +108,21 @@ def test_chains_are_differentiated_as_by_autograd(activation):
         expected = th.autograd.grad(outputs, list(body.parameters()), total, retain_graph=True)
         for actual, wanted in zip(tape.gradient(signals, *arguments), expected, strict=True):
             th.testing.assert_close(actual, wanted.flatten(), rtol=1e-10, atol=1e-12)
+
+
+def test_products_in_threads_are_the_same():
+    """RL Zoo's ``--n-jobs`` trains in threads of one process, and torch's forward mode knows of none."""
+    th.manual_seed(0)
+    bodies = [BODIES["silu"]().double() for _ in range(2)]
+    observations, v = th.randn(9, 3, dtype=th.float64), th.randn(49, dtype=th.float64)
+    expected = [functional(body, observations).J_v(v) for body in bodies]
+
+    def products(body: nn.Module) -> list[th.Tensor]:
+        return [functional(body, observations).J_v(v) for _ in range(100)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found, wanted in zip(pool.map(products, bodies), expected, strict=True):
+            th.testing.assert_close(th.stack(found), wanted.expand(100, -1), rtol=1e-12, atol=1e-12)
 
 
 def test_hutchinson_is_unbiased():
@@ -140,7 +167,8 @@ def test_hessian_product():
     w, v = th.randn(6, dtype=th.float64), th.randn(len(flat), dtype=th.float64)
     H = th.autograd.functional.hessian(lambda p: (w * function(p).flatten()).sum(), flat)
     chain = ChainJacobian(Chain(list(body)), observations)
-    for jacobian in (functional(body, observations), LayerJacobian(body, observations), chain):
+    backwards = functional(body, observations, AutogradJacobian)
+    for jacobian in (functional(body, observations), backwards, LayerJacobian(body, observations), chain):
         th.testing.assert_close(jacobian.hessian_v(w, v), H @ v, rtol=1e-10, atol=1e-10)
 
 

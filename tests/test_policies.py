@@ -6,15 +6,20 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
-from envs import TORQUES, SpaceEnv
-from models import logged, small
+from envs import IMAGE, TORQUES, SpaceEnv, vec_env
+from gymnasium import spaces
+from models import differences, logged, small, state_of
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from sb3_blpo import BLPO
 
@@ -317,6 +322,260 @@ def test_what_acts_is_what_is_trained(policy: Any, solver: str) -> None:
     # The only minibatch is evaluated before the actor's first step
     assert logged(model)["approx_kl"] == pytest.approx(0, abs=1e-6)
     assert logged(model)["clip_fraction"] == 0
+
+
+def louder(name: str, method: str = "forward") -> Callable[[Any], None]:
+    """Replace a method of one object."""
+
+    def change(policy: Any) -> None:
+        owner = policy.get_submodule(name)
+        original = getattr(owner, method)
+        setattr(owner, method, lambda *args, **kwargs: 3 * original(*args, **kwargs))
+
+    return change
+
+
+def colder(policy: Any) -> None:
+    original = policy._get_action_dist_from_latent
+
+    def distribution(latent: th.Tensor) -> Any:
+        found = original(latent)
+        found.distribution = th.distributions.Normal(found.distribution.mean, 0.3 * found.distribution.stddev)
+        return found
+
+    policy._get_action_dist_from_latent = distribution
+
+
+class Wider(DiagGaussianDistribution):
+    def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> Any:
+        return super().proba_distribution(mean_actions, log_std + 1)
+
+
+REPLACED: dict[str, Callable[[Any], Any]] = {
+    "actor's activation": lambda policy: setattr(policy.mlp_extractor.policy_net, "1", nn.ReLU()),
+    "critic's activation": lambda policy: setattr(policy.mlp_extractor.value_net, "1", nn.ReLU()),
+    "extractor": louder("features_extractor"),
+    "mlp_extractor.forward_actor": louder("mlp_extractor", "forward_actor"),
+    "mlp_extractor.forward_critic": louder("mlp_extractor", "forward_critic"),
+    "layer of the actor": louder("mlp_extractor.policy_net.0"),
+    "layer of the critic": louder("mlp_extractor.value_net.0"),
+    "action_net": louder("action_net"),
+    "value_net": louder("value_net"),
+    "_get_action_dist_from_latent": colder,
+    "action_dist": lambda policy: setattr(policy, "action_dist", Wider(2)),
+}
+
+
+@pytest.mark.parametrize("solver", ["nystrom", "exact", "none"])
+@pytest.mark.parametrize("replaced", REPLACED)
+def test_what_is_replaced_on_one_object(replaced: str, solver: str) -> None:
+    """Rollouts and updates are those of the policy as it is now."""
+    model = continuous(ihvp_solver=solver, batch_size=16).learn(16)
+    nn.init.normal_(model.policy.action_net.weight)  # type: ignore[arg-type]
+    REPLACED[replaced](model.policy)
+    losses = []
+
+    class Compare(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            buffer: Any = self.model.rollout_buffer  # type: ignore[attr-defined]
+            observations, actions = (th.as_tensor(x[:, 0]) for x in (buffer.observations, buffer.actions))
+            values, log_prob, _ = self.model.policy.evaluate_actions(observations, actions)  # type: ignore[operator]
+            np.testing.assert_allclose(log_prob.detach(), buffer.log_probs[:, 0], rtol=1e-4)
+            np.testing.assert_allclose(values.flatten().detach(), buffer.values[:, 0], rtol=1e-4, atol=1e-6)
+            losses.append(((values.flatten().detach().numpy() - buffer.returns[:, 0]) ** 2).mean())
+
+    model.learn(16, Compare(), reset_num_timesteps=False)
+    assert logged(model)["approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert logged(model)["critic_loss_before"] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["evaluate_actions", "predict_values", "extract_features"])
+def test_a_method_of_the_users_is_called(method: str) -> None:
+    model = small(batch_size=16).learn(16)
+    calls: list[int] = []
+    original = getattr(model.policy, method)
+    setattr(model.policy, method, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))  # type: ignore[func-returns-value]
+    model.learn(16, reset_num_timesteps=False)
+    assert calls
+
+
+@pytest.mark.parametrize("how", ["copied", "compiled"])
+def test_optimizers_keep_their_state(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th.distributions.Distribution, "_validate_args", th.distributions.Distribution._validate_args)
+    model = small().learn(16)
+    other = copy.deepcopy(model)
+    if how == "compiled":
+        other.policy = th.compile(other.policy, backend="eager")  # type: ignore[assignment]
+    optimizers = (other.policy.optimizer, other.critic_optimizer)
+    for each in (model, other):
+        th.manual_seed(0)
+        each.learn(16)
+    assert (other.policy.optimizer, other.critic_optimizer) == optimizers
+    if how == "copied":
+        assert not differences(state_of(model), state_of(other))
+
+
+def test_a_frozen_extractor_in_place_of_a_trained_one() -> None:
+    class Extractor(BaseFeaturesExtractor):
+        def __init__(self, space: Any) -> None:
+            super().__init__(space, 4)
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return th.tanh(self.layer(observations))
+
+    model = small(policy_kwargs={"features_extractor_class": Extractor, "net_arch": [8]}).learn(16)
+    frozen = Extractor(model.observation_space).requires_grad_(False)
+    for name in ("features_extractor", "pi_features_extractor", "vf_features_extractor"):
+        setattr(model.policy, name, frozen)
+    names = {name for name, parameter in model.policy.named_parameters() if parameter.requires_grad}
+    assert changed(model, lambda: model.learn(16, reset_num_timesteps=False)) == names
+
+
+class Looked(BaseFeaturesExtractor):
+    """Looks up what the first number stands for: four things."""
+
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 5)
+        self.table = nn.Embedding(4, 5)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.table(observations[:, 0].long())
+
+
+@pytest.mark.parametrize(
+    ("space", "policy_kwargs"),
+    [
+        (spaces.Box(-np.finfo(np.float64).max, np.finfo(np.float64).max, (3,), np.float64), {}),
+        (spaces.Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (27,)), {"activation_fn": nn.ReLU}),
+        (spaces.Box(-1, 10, (3,)), {"features_extractor_class": Looked}),
+        (spaces.Box(-np.inf, np.inf, (3,)), {"features_extractor_class": Looked}),
+        (spaces.Box(7, 9, (3,), np.int64), {}),
+    ],
+)
+def test_spaces_whose_samples_tell_little(space: spaces.Box, policy_kwargs: dict[str, Any]) -> None:
+    """Networks are looked at with an observation that they can take."""
+    env = SpaceEnv(spaces.Box(0, 1, space.shape))
+    env.observation_space = space
+    for seed in range(5):
+        small(env=env, policy_kwargs=policy_kwargs, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [th.float64, th.bfloat16])
+def test_other_dtypes_are_refused(dtype: th.dtype) -> None:
+    def change(policy: Any) -> None:
+        policy.value_net.to(dtype)
+
+    with pytest.raises(ValueError, match=r"trains parameters of torch.float32, but `value_net.weight` of Changed is torch"):
+        small(built_with(change))
+
+
+class Twice(th.autograd.Function):
+    """In the old style, which torch.func does not take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor) -> th.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
+        return 2 * gradient
+
+
+class OldStyle(nn.Module):
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return Twice.apply(x)
+
+
+class Counted(nn.Module):
+    """Counts its calls, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", th.zeros(1))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        self.calls += 1  # type: ignore[assignment, operator]
+        return 2 * x
+
+
+class Checkpointed(nn.Module):
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return checkpoint(lambda y: 2 * th.tanh(y), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+@pytest.mark.parametrize("module", [OldStyle, Counted, Checkpointed])
+def test_critics_that_torch_func_cannot_transform(module: Any, curvature: str) -> None:
+    def change(policy: Any) -> None:
+        policy.mlp_extractor.value_net.append(module())
+
+    model = small(built_with(change), curvature=curvature)
+    assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
+    assert not model.critic.functional and logged(model)["correction_skipped"] == 0
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (3,)), spaces.Discrete(4), IMAGE], ids=["Box", "Discrete", "image"])
+def test_a_callback_that_reads_the_buffer(space: spaces.Space, n_envs: int) -> None:
+    """``get()`` puts the buffer's arrays in another order, for good."""
+
+    class Reads(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            next(self.model.rollout_buffer.get(4))  # type: ignore[attr-defined]
+
+    states = []
+    for callback in (None, Reads()):
+        model = small("CnnPolicy" if space is IMAGE else "MlpPolicy", vec_env(SpaceEnv(space), n_envs), n_steps=8)
+        model.collect_rollouts = seeded(model.collect_rollouts)  # type: ignore[method-assign]
+        states.append(state_of(model.learn(16 * n_envs, callback)))
+    assert not differences(*states)
+
+
+def seeded(collect_rollouts: Callable[..., bool]) -> Callable[..., bool]:
+    """The same random numbers after each rollout, whatever a callback has drawn."""
+
+    def collect(*args: Any, **kwargs: Any) -> bool:
+        th.manual_seed(0)
+        go_on = collect_rollouts(*args, **kwargs)
+        th.manual_seed(0)
+        return go_on
+
+    return collect
+
+
+@pytest.mark.parametrize("discount", ["gamma", "gae_lambda"])
+def test_discounts_are_the_buffers(discount: str) -> None:
+    """As for PPO: what is changed on the model afterwards does not reach the returns."""
+    states = []
+    for value in (None, 0.5):
+        model = small(env="CartPole-v1")
+        setattr(model, discount, getattr(model, discount) if value is None else value)
+        states.append(state_of(model.learn(32)))
+    assert not differences(*states)
+
+
+@pytest.mark.parametrize("settings", [{"sketch": "values"}, {"sketch": "columns"}, {"sketch": "gaussian"}])
+def test_a_default_device(settings: dict[str, Any]) -> None:
+    for arguments in ({}, {"policy_kwargs": {"activation_fn": nn.PReLU}}):
+        model = small(ihvp_kwargs={"rank": 3} | settings, **arguments)
+        with th.device("meta"):  # where nothing can be computed
+            model.learn(16)
+
+
+def test_a_compiled_policy_is_saved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th.distributions.Distribution, "_validate_args", th.distributions.Distribution._validate_args)
+    model = small("CnnPolicy", SpaceEnv(IMAGE), n_steps=8)
+    model.policy = th.compile(model.policy, backend="eager")  # type: ignore[assignment]
+    model.learn(8)
+    model.policy.save(file := io.BytesIO())  # type: ignore[arg-type]
+    assert file.getbuffer().nbytes > 1000
 
 
 def test_an_entropy_for_all_rows() -> None:

@@ -52,12 +52,12 @@ class Nystrom(Solver):
         rank = min(self.rank, len(like))
         if self.sketch == "values":
             # Where in its stretch each state lies, from 0 to 1: minibatches differ in length
-            self.omega = th.rand(rank, generator=generator, dtype=th.float64).to(like.device)
+            self.omega = th.rand(rank, generator=generator, dtype=th.float64, device=generator.device).to(like.device)
             self._drawn_rows: dict[tuple[int, int], th.Tensor] = {}
         elif self.sketch == "columns":
-            self.omega = th.randperm(len(like), generator=generator)[:rank].to(like.device)
+            self.omega = th.randperm(len(like), generator=generator, device=generator.device)[:rank].to(like.device)
         else:
-            normal = th.randn(len(like), rank, generator=generator, dtype=like.dtype)
+            normal = th.randn(len(like), rank, generator=generator, dtype=like.dtype, device=generator.device)
             self.omega = th.linalg.qr(normal.to(like.device)).Q
 
     def _rows(self, curvature: Curvature) -> th.Tensor:
