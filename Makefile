@@ -54,7 +54,7 @@ stage2: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage stage2
 	$(BIN)/python benchmarks/report.py benchmarks/results/stage2/returns.csv
 
-# What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 5 core-hours, 4 after `results`; a killed run
+# What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 5.5 core-hours, 4.5 after `results`; a killed run
 # goes on where it was
 ablation: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage ablation

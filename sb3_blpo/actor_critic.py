@@ -22,7 +22,14 @@ from torch.nn import functional as F
 from sb3_blpo.chain import Chain
 from sb3_blpo.checks import not_finite
 from sb3_blpo.distributions import Bernoulli, Categorical, DiagGaussian, MultiCategorical, WrittenOut
-from sb3_blpo.jacobian import AutogradJacobian, ChainJacobian, FunctionalJacobian, Jacobian, LayerJacobian
+from sb3_blpo.jacobian import (
+    AutogradJacobian,
+    ChainJacobian,
+    FunctionalJacobian,
+    Jacobian,
+    LayerJacobian,
+    flat_gradient,
+)
 from sb3_blpo.optimizers import are_same
 from sb3_blpo.policies import (
     acts_as_trained,
@@ -174,24 +181,6 @@ def likelihood(parameters: Sequence[th.Tensor], log_prob: th.Tensor, entropy: th
         return -flat_gradient(outputs, parameters, [-by for by in by_outputs])
 
     return ActionLikelihood(log_prob.detach(), None if entropy is None else entropy.detach(), gradient)
-
-
-def flat_gradient(
-    outputs: Sequence[th.Tensor], parameters: Sequence[th.Tensor], by_outputs: Sequence[th.Tensor] | None = None
-) -> th.Tensor:
-    """
-    :param outputs: What to differentiate; may be differentiated again
-    :param parameters: By what: any number
-    :param by_outputs: Weights of the outputs' elements; ``None``: 1
-    :return: The gradient, flattened and joined; 0 for what the outputs do not depend on (n_params,)
-    """
-    dependent = [i for i, output in enumerate(outputs) if output.requires_grad]
-    if not parameters or not dependent:
-        return outputs[0].new_zeros(sum(parameter.numel() for parameter in parameters))
-    outputs = [outputs[i] for i in dependent]
-    by_outputs = None if by_outputs is None else [by_outputs[i] for i in dependent]
-    gradients = th.autograd.grad(outputs, parameters, by_outputs, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return th.cat([gradient.flatten() for gradient in gradients])
 
 
 class Actor:

@@ -338,13 +338,13 @@ class ChainJacobian(LayerJacobian):
         return self.tape.signals(th.ones_like(self.tape.outputs))
 
 
-class FunctionalJacobian(Jacobian):
+class VectorwiseJacobian(Jacobian):
     """
-    Jacobian of any critic through torch.func, one vector at a time: no product needs an array of n_rows × n_params.
+    Jacobian of any critic, by products with one vector at a time: none needs an array of n_rows × n_params.
 
     The squared norm is an unbiased estimate (Hutchinson) from a few ±1 probes; :meth:`gram` alone forms the Jacobian.
 
-    :param critic: Maps a dictionary of parameters to the values (n_rows,)
+    :param values: V(s_j), detached (n_rows,)
     :param parameters: The critic's parameters by name
     :param generator: Source of the probes
     """
@@ -352,28 +352,24 @@ class FunctionalJacobian(Jacobian):
     cheap_gram = False
     n_probes = 8
 
-    def __init__(
-        self, critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], generator: th.Generator
-    ) -> None:
-        self.critic = critic
-        self.parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+    def __init__(self, values: th.Tensor, parameters: dict[str, th.Tensor], generator: th.Generator) -> None:
+        super().__init__(values, sum(parameter.numel() for parameter in parameters.values()))
+        self.parameters = parameters
         self.generator = generator
-        values, self._vjp = th.func.vjp(critic, self.parameters)[:2]
-        super().__init__(values.detach(), sum(parameter.numel() for parameter in parameters.values()))
+
+    @abstractmethod
+    def _J_v(self, v: th.Tensor) -> th.Tensor:
+        """J v for one vector."""
+
+    @abstractmethod
+    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
+        """J^T w for one vector."""
 
     def J_v(self, v: th.Tensor) -> th.Tensor:
-        if v.ndim == 2:
-            return th.stack([self.J_v(column) for column in v.T], dim=1)
-        # Backwards: the derivative of w -> J^T w, which is linear in w
-        return _jvp(
-            self.critic, self.parameters, v,
-            lambda Jt_w, tangent: th.func.vjp(lambda w: Jt_w(w)[0], th.zeros_like(self.values))[1](tangent)[0],
-        )  # fmt: skip
+        return self._J_v(v) if v.ndim == 1 else th.stack([self._J_v(column) for column in v.T], dim=1)
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        if w.ndim == 2:
-            return th.stack([self.Jt_w(column) for column in w.T], dim=1)
-        return _flatten(self._vjp(w)[0])
+        return self._Jt_w(w) if w.ndim == 1 else th.stack([self._Jt_w(column) for column in w.T], dim=1)
 
     def columns(self, index: th.Tensor) -> th.Tensor:
         unit = self.values.new_zeros(self.n_params)
@@ -392,13 +388,41 @@ class FunctionalJacobian(Jacobian):
         probes = F.pad(signs, (0, len(self.values) - n))
         return th.stack([self.Jt_w(probe).square().sum() for probe in probes]).mean()
 
+
+class FunctionalJacobian(VectorwiseJacobian):
+    """
+    Through torch.func.
+
+    :param critic: Maps a dictionary of parameters to the values (n_rows,)
+    :param parameters: The critic's parameters by name
+    :param generator: Source of the probes
+    """
+
+    def __init__(
+        self, critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], generator: th.Generator
+    ) -> None:
+        self.critic = critic
+        parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+        values, self._vjp = th.func.vjp(critic, parameters)[:2]
+        super().__init__(values.detach(), parameters, generator)
+
+    def _J_v(self, v: th.Tensor) -> th.Tensor:
+        # Backwards: the derivative of w -> J^T w, which is linear in w
+        return _jvp(
+            self.critic, self.parameters, v,
+            lambda Jt_w, tangent: th.func.vjp(lambda w: Jt_w(w)[0], th.zeros_like(self.values))[1](tangent)[0],
+        )  # fmt: skip
+
+    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
+        return _flatten(self._vjp(w)[0])
+
     def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
         return _hessian_v(self.critic, self.parameters, w, v)
 
 
-class AutogradJacobian(FunctionalJacobian):
+class AutogradJacobian(VectorwiseJacobian):
     """
-    The same without torch.func, for critics that it cannot transform: an ``autograd.Function`` without ``setup_context()``,
+    Without torch.func, for critics that it cannot transform: an ``autograd.Function`` without ``setup_context()``,
     checkpointing, buffers that every forward pass updates in place. Products with J, too, are made backwards.
 
     :param critic: Maps a dictionary of parameters to the values (n_rows,)
@@ -409,38 +433,56 @@ class AutogradJacobian(FunctionalJacobian):
     def __init__(
         self, critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], generator: th.Generator
     ) -> None:
-        self.parameters = parameters
-        self.generator = generator
         with th.enable_grad(), _twice_differentiable():
             self._graph = critic(parameters)
-        Jacobian.__init__(self, self._graph.detach(), sum(parameter.numel() for parameter in parameters.values()))
+        super().__init__(self._graph.detach(), parameters, generator)
 
-    def _by_parameters(self, output: th.Tensor, weights: th.Tensor, create_graph: bool = False) -> th.Tensor:
-        """Gradient of <output, weights> (n_params,)."""
-        if not output.requires_grad:
-            return weights.new_zeros(self.n_params)
+    def _gradient(self, output: th.Tensor, weights: th.Tensor, create_graph: bool = False) -> th.Tensor:
+        """Gradient of <output, weights> by the parameters (n_params,)."""
         with th.enable_grad(), _twice_differentiable():
-            gradients = th.autograd.grad(
-                output, list(self.parameters.values()), weights, retain_graph=True, create_graph=create_graph,
-                allow_unused=True, materialize_grads=True,
-            )  # fmt: skip
-            return th.cat([gradient.flatten() for gradient in gradients])
+            return flat_gradient([output], list(self.parameters.values()), [weights], create_graph)
 
-    def J_v(self, v: th.Tensor) -> th.Tensor:
-        if v.ndim == 2:
-            return th.stack([self.J_v(column) for column in v.T], dim=1)
+    def _J_v(self, v: th.Tensor) -> th.Tensor:
         w = th.zeros_like(self.values).requires_grad_()
-        Jt_w = self._by_parameters(self._graph, w, create_graph=True)
+        Jt_w = self._gradient(self._graph, w, create_graph=True)
         with _twice_differentiable():
-            return th.autograd.grad(Jt_w, w, v)[0]
+            return flat_gradient([Jt_w], [w], [v])
 
-    def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        if w.ndim == 2:
-            return th.stack([self.Jt_w(column) for column in w.T], dim=1)
-        return self._by_parameters(self._graph, w)
+    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
+        return self._gradient(self._graph, w)
 
     def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
-        return self._by_parameters(self._by_parameters(self._graph, w, create_graph=True), v)
+        return self._gradient(self._gradient(self._graph, w, create_graph=True), v)
+
+
+def flat_gradient(
+    outputs: Sequence[th.Tensor],
+    parameters: Sequence[th.Tensor],
+    by_outputs: Sequence[th.Tensor] | None = None,
+    create_graph: bool = False,
+) -> th.Tensor:
+    """
+    :param outputs: What to differentiate; may be differentiated again
+    :param parameters: By what: any number
+    :param by_outputs: Weights of the outputs' elements; ``None``: 1
+    :param create_graph: Whether the gradient is to be differentiated itself
+    :return: The gradient, flattened and joined; 0 for what the outputs do not depend on (n_params,)
+    """
+    dependent = [i for i, output in enumerate(outputs) if output.requires_grad]
+    if not parameters or not dependent:
+        return outputs[0].new_zeros(sum(parameter.numel() for parameter in parameters))
+    outputs = [outputs[i] for i in dependent]
+    by_outputs = None if by_outputs is None else [by_outputs[i] for i in dependent]
+    gradients = th.autograd.grad(
+        outputs,
+        parameters,
+        by_outputs,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return th.cat([gradient.flatten() for gradient in gradients])
 
 
 def _flatten(tree: dict[str, th.Tensor]) -> th.Tensor:

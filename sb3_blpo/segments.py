@@ -145,18 +145,18 @@ class Rollout:
         self.last_observation = last_observation
         self.truncations = truncations
 
-        def in_time(array: np.ndarray, *shape: int) -> np.ndarray:
+        def in_time(array: np.ndarray) -> np.ndarray:
             if not buffer.generator_ready:
                 return array
             # The buffer's get(), which a callback may call, has put them environment by environment
-            return array.reshape(self.n_envs, self.n_steps, *shape).swapaxes(0, 1)
+            return array.reshape(self.n_envs, self.n_steps, *array.shape[1:]).swapaxes(0, 1)
 
-        self.observations = each(lambda obs: th.as_tensor(in_time(obs, *obs.shape[1:]), device=device), buffer.observations)
+        self.observations = each(lambda obs: th.as_tensor(in_time(obs), device=device), buffer.observations)
         # As SB3's buffer hands them out: float32, int64 for discrete actions
-        actions = th.as_tensor(in_time(buffer.actions, *buffer.actions.shape[1:]).astype(np.float32), device=device)
+        actions = th.as_tensor(in_time(buffer.actions).astype(np.float32), device=device)
         self.actions = actions.long().squeeze(2) if isinstance(buffer.action_space, spaces.Discrete) else actions
-        self.old_log_prob = th.as_tensor(in_time(buffer.log_probs), device=device)
-        self.returns = th.as_tensor(in_time(buffer.returns), device=device)
+        self.old_log_prob = th.as_tensor(in_time(buffer.log_probs).reshape(self.n_steps, self.n_envs), device=device)
+        self.returns = th.as_tensor(in_time(buffer.returns).reshape(self.n_steps, self.n_envs), device=device)
         done = np.concatenate([buffer.episode_starts[1:], last_done[None]])
         self.done = th.as_tensor(done.astype(np.float32), device=device)
         rewards = buffer.rewards.copy()

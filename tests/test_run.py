@@ -536,6 +536,14 @@ def test_registered_environments() -> None:
         check_learning(small(env=name, n_steps=32, seed=None))
 
 
+@pytest.mark.parametrize("settings", [{"sketch": "values"}, {"sketch": "columns"}, {"sketch": "gaussian"}])
+def test_a_default_device(settings: dict[str, Any]) -> None:
+    for arguments in ({}, {"policy_kwargs": {"activation_fn": nn.PReLU}}):
+        model = small(ihvp_kwargs={"rank": 3} | settings, **arguments)
+        with th.device("meta"):  # where nothing can be computed
+            model.learn(16)
+
+
 @pytest.mark.skipif(not th.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("observations", ["Box", "image", "Dict"])
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch as th
 from brute_force import discounted_sums, lambda_returns
-from envs import ACTION_SPACES, SpaceEnv
+from envs import ACTION_SPACES, IMAGE, SpaceEnv, vec_env
 from gymnasium import spaces
-from models import collect_rollout, small
+from models import collect_rollout, differences, small, state_of
 from problems import random_segment
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -190,3 +191,46 @@ def test_segments_are_where_the_buffer_is():
     for actual, wanted in zip(segment, expected, strict=True):
         if isinstance(wanted, th.Tensor):
             th.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (3,)), spaces.Discrete(4), IMAGE], ids=["Box", "Discrete", "image"])
+def test_a_callback_that_reads_the_buffer(space, n_envs):
+    """``get()`` puts the buffer's arrays in another order, for good."""
+
+    class Reads(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            next(self.model.rollout_buffer.get(4))
+
+    states = []
+    for callback in (None, Reads()):
+        model = small("CnnPolicy" if space is IMAGE else "MlpPolicy", vec_env(SpaceEnv(space), n_envs), n_steps=8)
+        model.collect_rollouts = seeded(model.collect_rollouts)
+        states.append(state_of(model.learn(16 * n_envs, callback)))
+    assert not differences(*states)
+
+
+def seeded(collect_rollouts):
+    """The same random numbers after each rollout, whatever a callback has drawn."""
+
+    def collect(*args, **kwargs):
+        th.manual_seed(0)
+        go_on = collect_rollouts(*args, **kwargs)
+        th.manual_seed(0)
+        return go_on
+
+    return collect
+
+
+@pytest.mark.parametrize("discount", ["gamma", "gae_lambda"])
+def test_discounts_are_the_buffers(discount):
+    """As for PPO: what is changed on the model afterwards does not reach the returns."""
+    states = []
+    for value in (None, 0.5):
+        model = small(env="CartPole-v1")
+        setattr(model, discount, getattr(model, discount) if value is None else value)
+        states.append(state_of(model.learn(32)))
+    assert not differences(*states)
