@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Small networks: more threads would only wait for each other
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test slow conformance zoo fuzz soak mutation results stage2 ablation lint
+.PHONY: train test slow conformance zoo fuzz soak mutation results replication stage2 ablation lint
 
 train: $(INSTALLED)
 	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
@@ -48,6 +48,11 @@ mutation: $(INSTALLED)
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage stage1
 	$(BIN)/python benchmarks/report.py
+
+# The same on five other seeds, which no decision has seen
+replication: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py --stage replication
+	$(BIN)/python benchmarks/report.py benchmarks/results/replication/returns.csv
 
 # The same over a million steps, and on more tasks. About 30 core-hours
 stage2: $(INSTALLED)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch as th
 from rl_zoo3.utils import ALGOS
+from stable_baselines3 import PPO
 from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_blpo import BLPO
@@ -80,6 +81,20 @@ class OneRate(BLPO):
 
 class TowardsPPO(Shuffled, OneRate):
     """Both."""
+
+
+class ClippedApart(PPO):
+    """PPO whose ``max_grad_norm`` clips the actor's gradient alone, as BLPO's, instead of the two networks' together."""
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        actor = [parameter for name, parameter in self.policy.named_parameters() if "value_net" not in name]
+        max_norm, self.max_grad_norm = self.max_grad_norm, float("inf")
+
+        def clip(*_: Any) -> None:
+            th.nn.utils.clip_grad_norm_(actor, max_norm)
+
+        self.policy.optimizer.register_step_pre_hook(clip)
 
 
 class LargerStep(BLPO):
@@ -152,6 +167,7 @@ ALGOS |= {
     "blpo_larger_step": LargerStep,
     "blpo_no_curvature": NoCurvature,
     "blpo_constant_u": ConstantU,
+    "ppo_clipped_apart": ClippedApart,
 }
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -117,11 +117,13 @@ class Grid(NamedTuple):
     :param algorithms: Names
     :param budgets: Timesteps by environment
     :param n_evaluations: As in :class:`Cell`
+    :param seeds: Seeds
     """
 
     algorithms: tuple[str, ...]
     budgets: dict[str, int]
     n_evaluations: int
+    seeds: Sequence[int] = range(5)
 
 
 ALGORITHMS = {
@@ -146,14 +148,17 @@ VARIANTS = {
     "BLPO, no cap": Algorithm("blpo", params={"max_correction_ratio": None}),
     **{f"BLPO, n_critic_updates {n}": Algorithm("blpo", params={"n_critic_updates": n}) for n in (1, 10)},
 }
+ALL_THREE = {"ihvp_solver": "none", "normalize_advantage": True}
 #: What else sets "none" apart from PPO with its schedule
 TOWARDS_PPO = {
     "BLPO none, shuffled": Algorithm("blpo_shuffled", default_hyperparams(), {"ihvp_solver": "none"}),
     "BLPO none, actor's rate": Algorithm("blpo_one_rate", default_hyperparams(), {"ihvp_solver": "none"}),
     "BLPO none, normalized": Algorithm("blpo", params={"ihvp_solver": "none", "normalize_advantage": True}),
-    "BLPO none, all three": Algorithm(
-        "blpo_towards_ppo", default_hyperparams(), {"ihvp_solver": "none", "normalize_advantage": True}
+    "BLPO none, all three": Algorithm("blpo_towards_ppo", default_hyperparams(), ALL_THREE),
+    "BLPO none, all three, 1 update": Algorithm(
+        "blpo_towards_ppo", default_hyperparams(), ALL_THREE | {"n_critic_updates": 1}
     ),
+    "PPO (BLPO's schedule), actor clipped alone": Algorithm("ppo_clipped_apart", BASELINES / "ppo_schedule.py"),
 }
 ALGORITHMS |= VARIANTS | TOWARDS_PPO
 MAIN = ("random", "BLPO", "BLPO none", "PPO (tuned)", "PPO (BLPO's schedule)")
@@ -163,6 +168,8 @@ SHORT = dict.fromkeys(MUJOCO, 250_000) | {"LunarLander-v3": 300_000, "CartPole-v
 LONG = dict.fromkeys(MUJOCO, 1_000_000)
 STAGES = {
     "stage1": [Grid(MAIN, SHORT, n_evaluations=10)],
+    # Seeds that were first seen when every hyperparameter was fixed
+    "replication": [Grid(MAIN, SHORT, n_evaluations=10, seeds=range(5, 10))],
     "stage2": [
         Grid(MAIN, LONG, n_evaluations=20),
         Grid(TRPO, LONG, n_evaluations=20),
@@ -178,20 +185,20 @@ STAGES = {
 #: One CSV for each report; the ablation is compared with what stage 1 trained
 OUTPUTS = {
     "stage1": RESULTS / "returns.csv",
+    "replication": RESULTS / "replication" / "returns.csv",
     "stage2": RESULTS / "stage2" / "returns.csv",
     "ablation": RESULTS / "returns.csv",
 }
 
 
-def cells_of(grids: Iterable[Grid], seeds: Iterable[int] = range(5)) -> list[Cell]:
+def cells_of(grids: Iterable[Grid]) -> list[Cell]:
     """
     :param grids: A stage
-    :param seeds: Seeds
     :return: Its cells, seed by seed, so that the first ones say something about every task already
     """
     cells = {}
     for grid in grids:
-        for seed, (env_id, budget), name in itertools.product(seeds, grid.budgets.items(), grid.algorithms):
+        for seed, (env_id, budget), name in itertools.product(grid.seeds, grid.budgets.items(), grid.algorithms):
             length, n_evaluations = (0, 1) if name == "random" else (budget, grid.n_evaluations)
             cell = Cell(name, env_id, length, seed, n_evaluations, ALGORITHMS[name])
             cells[cell[:4]] = cell
@@ -452,7 +459,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default="stage1")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="instead of the stage's own")
     parser.add_argument("--envs", nargs="+", help="a part of the stage's")
-    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the stage's own")
     parser.add_argument("-n", "--n-timesteps", type=int, help="instead of the stage's own")
     parser.add_argument("--output", type=Path, help="the CSV, by default the stage's own")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
@@ -467,10 +474,11 @@ def main() -> None:
                 if not arguments.envs or env_id in arguments.envs
             },
             grid.n_evaluations,
+            arguments.seeds or grid.seeds,
         )
         for grid in STAGES[arguments.stage]
     ]
-    cells = cells_of(grids, arguments.seeds)
+    cells = cells_of(grids)
     if arguments.print_commands:
         print("\n".join(f"{cell[:4]}: {command_of(cell)}" for cell in cells if cell.what.algo != "random"))
         return

@@ -61,7 +61,7 @@ def test_baselines_are_the_zoos(algo):
 
 def test_every_cell_has_hyperparameters():
     for name, grids in run.STAGES.items():
-        cells = run.cells_of(grids, [0])
+        cells = [one for one in run.cells_of(grids) if one.seed == grids[0].seeds[0]]
         assert len({one[:4] for one in cells}) == len(cells) >= 15, name
         assert len({(one.env_id, run.config_of(one)) for one in cells if one.what.algo == "ppo"}) >= 6
 
@@ -263,11 +263,22 @@ def test_changed_default_of_the_solver(monkeypatch):
 def test_each_stage_has_its_csv(monkeypatch):
     written = []
     monkeypatch.setattr(run, "run", lambda cells, path, n_jobs: written.append(path))
-    for arguments in ([], ["--stage", "stage2"], ["--stage", "ablation"], ["--stage", "stage2", "--output", "x.csv"]):
+    for arguments in ([], *(["--stage", stage] for stage in run.STAGES), ["--stage", "stage2", "--output", "x.csv"]):
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         run.main()
-    assert written == [run.OUTPUTS["stage1"], run.OUTPUTS["stage2"], run.OUTPUTS["ablation"], Path("x.csv")]
-    assert run.OUTPUTS.keys() == run.STAGES.keys()
+    assert written == [run.OUTPUTS["stage1"], *(run.OUTPUTS[stage] for stage in run.STAGES), Path("x.csv")]
+
+
+@pytest.mark.parametrize(("arguments", "seeds"), [([], range(5, 10)), (["--seeds", "6", "11"], (6, 11))])
+def test_replication_is_stage1_with_other_seeds(arguments, seeds, monkeypatch):
+    trained = []
+    monkeypatch.setattr(run, "run", lambda cells, path, n_jobs: trained.extend(cells))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--stage", "replication", *arguments])
+    run.main()
+    assert [one.seed for one in trained] == [seed for seed in seeds for _ in range(30)]
+    stage1 = run.cells_of(run.STAGES["stage1"])
+    assert {one.seed for one in stage1}.isdisjoint(seeds)
+    assert {one[:3] for one in trained} == {one[:3] for one in stage1}
 
 
 def test_failed_cell(trained, tmp_path):
@@ -530,6 +541,20 @@ def test_shuffled():
     np.testing.assert_array_equal(found[np.lexsort(found.T)], wanted[np.lexsort(wanted.T)])
 
 
+def test_clipped_apart():
+    """The actor's gradient is as long as allowed, the critic's as it was."""
+    env = make_vec_env("CartPole-v1", 1, seed=0)
+    variant = ablation.ClippedApart("MlpPolicy", env, n_steps=64, n_epochs=1, seed=0, vf_coef=100, max_grad_norm=1e-3)
+    variant.learn(64)
+    actor, critic = (
+        th.stack(
+            [part.grad.norm() for name, part in variant.policy.named_parameters() if ("value" in name) == of_critic]
+        ).norm()
+        for of_critic in (False, True)
+    )
+    assert float(actor) == pytest.approx(1e-3, rel=1e-3) and critic > 1
+
+
 def test_larger_step():
     """The same direction as "none", and a rate of (1 + 1) times its own where the correction is capped at 1."""
     rates = []
@@ -570,7 +595,7 @@ def test_constant_u_and_no_curvature():
     assert constant.values.tolist() == pytest.approx([0.9 * 0.2 / (2 * 0.28)] * 2) and constant.ok
 
 
-@pytest.mark.parametrize("name", [name for name in run.ALGORITHMS if name.startswith("BLPO")])
+@pytest.mark.parametrize("name", [name for name in run.ALGORITHMS if name.startswith(("BLPO", "PPO (BLPO"))])
 def test_variants_train(name, tmp_path):
     rows = run.train(cell(name, n_timesteps=64, n_evaluations=1), tmp_path)
     assert [row.step for row in rows] == [64] and {row.algorithm for row in rows} == {name}
