@@ -25,6 +25,7 @@ from scipy import stats
 from stable_baselines3 import PPO
 from stable_baselines3.common import callbacks
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import set_random_seed
 
 from sb3_blpo import BLPO
 from sb3_blpo.zoo import default_hyperparams
@@ -553,6 +554,21 @@ def test_clipped_apart():
         for of_critic in (False, True)
     )
     assert float(actor) == pytest.approx(1e-3, rel=1e-3) and critic > 1
+
+
+def test_what_is_left_is_ppo():
+    """Without all that is BLPO's own, the steps are those of SB3's PPO."""
+    kwargs = {"n_steps": 32, "batch_size": 64, "n_epochs": 4, "gamma": 0.9, "gae_lambda": 0.8, "max_grad_norm": 0.01}
+    models = [
+        model(ablation.TowardsPPO, ihvp_solver="none", normalize_advantage=True, n_critic_updates=1, **kwargs),
+        ablation.ClippedApart("MlpPolicy", make_vec_env("CartPole-v1", 2, seed=0), seed=0, vf_coef=1, **kwargs),
+    ]
+    models[1].policy.load_state_dict(models[0].policy.state_dict())
+    for one in models:
+        set_random_seed(0)
+        one.learn(64)
+    ours, theirs = (dict(one.policy.named_parameters()) for one in models)
+    th.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_larger_step():
