@@ -2,7 +2,7 @@
 Tables and figures of what run.py recorded.
 
 ``python benchmarks/report.py`` reads ``benchmarks/results/returns.csv`` alone, or the CSV that it is given, complete or not,
-and writes ``report.md`` and figures beside it. What the numbers mean: returns.py.
+and writes ``report.md`` and figures beside it. Of several CSVs it takes all runs together. What the numbers mean: returns.py.
 """
 
 import argparse
@@ -309,14 +309,17 @@ def plot_ablation(results: Results, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and figures of what run.py recorded")
-    parser.add_argument("csv", nargs="?", type=Path, default=RETURNS)
-    parser.add_argument("--folder", type=Path, help="for report.md and the figures, by default that of the CSV")
+    parser.add_argument("csv", nargs="*", type=Path, default=[RETURNS])
+    parser.add_argument("--folder", type=Path, help="for report.md and the figures, by default that of the only CSV")
     arguments = parser.parse_args()
+    if len(arguments.csv) > 1 and arguments.folder is None:
+        parser.error("--folder is missing: a report on several CSVs belongs to none of theirs")
     import matplotlib
 
     matplotlib.use("Agg")
-    folder = arguments.folder or arguments.csv.parent
-    results = Results(pd.read_csv(arguments.csv, dtype={"commit": str}))
+    folder = arguments.folder or arguments.csv[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(pd.concat([pd.read_csv(path, dtype={"commit": str}) for path in arguments.csv]))
     text = tables(results)
     (folder / "report.md").write_text(text)
     print(text)

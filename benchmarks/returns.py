@@ -135,6 +135,8 @@ class Results:
                 raise ValueError(
                     f"{name} on {task[0]} has runs with different hyperparameters: run.py has not replaced all yet."
                 )
+            if rows.duplicated(["seed", "step"]).any():
+                raise ValueError(f"{name} on {task[0]} has the same seed twice.")
             shape = (1, rows.seed.nunique(), -1)
             returns, seconds = (rows[column].to_numpy().reshape(shape) for column in ("mean_return", "cpu_seconds"))
             self.runs[name, Task(*task)] = Runs(rows.step.to_numpy()[: returns.shape[-1]], returns, seconds)

@@ -471,6 +471,26 @@ def test_other_hyperparameters_are_not_pooled():
         returns.Results(rows)
 
 
+def test_several_csvs(results, tmp_path, monkeypatch, capsys):
+    """Their runs count as if they stood in one; each run once."""
+    monkeypatch.setattr(report, "N_DRAWS", 100)
+    even = results.table.seed % 2 == 0
+    paths = [str(tmp_path / name) for name in ("even.csv", "odd.csv")]
+    results.table[even].to_csv(paths[0], index=False)
+    results.table[~even].to_csv(paths[1], index=False)
+    folder = tmp_path / "both"
+    monkeypatch.setattr(sys, "argv", ["report.py", *paths, "--folder", str(folder)])
+    report.main()
+    assert (folder / "report.md").read_text() == report.tables(results)
+    monkeypatch.setattr(sys, "argv", ["report.py", *paths])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "--folder is missing" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["report.py", paths[0], paths[0], "--folder", str(folder)])
+    with pytest.raises(ValueError, match="has the same seed twice"):
+        report.main()
+
+
 @pytest.mark.parametrize("left", ["all", "no PPO", "no random", "one", "fewer seeds"])
 def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     rows = results.table
