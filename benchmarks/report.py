@@ -209,9 +209,8 @@ def plot_curves(results: Results, path: Path) -> None:
 
     n_columns = min(3, len(results.tasks))
     n_rows = -(-len(results.tasks) // n_columns)
-    figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=(4 * n_columns, 2.9 * n_rows + 0.5), squeeze=False, layout="constrained"
-    )
+    width = max(4 * n_columns, 8)  # of the title and the legend
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(width, 2.9 * n_rows + 0.5), squeeze=False, layout="constrained")
     for axis, task in itertools.zip_longest(axes.flat, results.tasks):
         if task is None:
             axis.set_axis_off()
