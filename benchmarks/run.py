@@ -159,6 +159,7 @@ TOWARDS_PPO = {
         "blpo_towards_ppo", default_hyperparams(), ALL_THREE | {"n_critic_updates": 1}
     ),
     "PPO (BLPO's schedule), actor clipped alone": Algorithm("ppo_clipped_apart", BASELINES / "ppo_schedule.py"),
+    "PPO (BLPO's schedule), not normalized": Algorithm("ppo", BASELINES / "ppo_schedule.py", {"normalize_advantage": False}),
 }
 ALGORITHMS |= VARIANTS | TOWARDS_PPO
 MAIN = ("random", "BLPO", "BLPO none", "PPO (tuned)", "PPO (BLPO's schedule)")
