@@ -49,7 +49,7 @@ results: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage stage1
 	$(BIN)/python benchmarks/report.py
 
-# The same on five other seeds, which no decision has seen
+# The same on five other seeds, which no decision has seen. About 3 core-hours
 replication: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage replication
 	$(BIN)/python benchmarks/report.py benchmarks/results/replication/returns.csv
@@ -59,8 +59,8 @@ stage2: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage stage2
 	$(BIN)/python benchmarks/report.py benchmarks/results/stage2/returns.csv
 
-# What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 5.5 core-hours, 4.5 after `results`; a killed run
-# goes on where it was
+# What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 6 core-hours, 5 after `results`; a killed run goes
+# on where it was
 ablation: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage ablation
 	$(BIN)/python benchmarks/report.py

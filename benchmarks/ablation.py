@@ -1,5 +1,5 @@
 """
-What in BLPO does the work: variants that its arguments do not offer.
+What in BLPO does the work: variants that its arguments, and PPO's, do not offer.
 
 As a command it is RL Zoo's training script that knows them too: ``python benchmarks/ablation.py --algo blpo_constant_u --env
 Hopper-v5 --conf-file hyperparams/blpo.yml``.

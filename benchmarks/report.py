@@ -301,6 +301,7 @@ def plot_ablation(results: Results, path: Path) -> None:
                 bar(axis, estimate(results.raw_difference, name, NONE, task), -i, colour)
         axis.axvline(0, color=COLOURS[NONE], linewidth=2)
         axis.set_title(task, fontsize=11)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_yticks([-i for i in range(len(names))], names)
     figure.suptitle(f"Final return minus that of {NONE} (mean, 95 %)")
     save(figure, [], path)
