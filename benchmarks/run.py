@@ -148,15 +148,15 @@ VARIANTS = {
     "BLPO, no cap": Algorithm("blpo", params={"max_correction_ratio": None}),
     **{f"BLPO, n_critic_updates {n}": Algorithm("blpo", params={"n_critic_updates": n}) for n in (1, 10)},
 }
-ALL_THREE = {"ihvp_solver": "none", "normalize_advantage": True}
+NORMALIZED = {"ihvp_solver": "none", "normalize_advantage": True}
 #: What else sets "none" apart from PPO with its schedule
 TOWARDS_PPO = {
     "BLPO none, shuffled": Algorithm("blpo_shuffled", default_hyperparams(), {"ihvp_solver": "none"}),
     "BLPO none, actor's rate": Algorithm("blpo_one_rate", default_hyperparams(), {"ihvp_solver": "none"}),
-    "BLPO none, normalized": Algorithm("blpo", params={"ihvp_solver": "none", "normalize_advantage": True}),
-    "BLPO none, all three": Algorithm("blpo_towards_ppo", default_hyperparams(), ALL_THREE),
+    "BLPO none, normalized": Algorithm("blpo", params=NORMALIZED),
+    "BLPO none, all three": Algorithm("blpo_towards_ppo", default_hyperparams(), NORMALIZED),
     "BLPO none, all three, 1 update": Algorithm(
-        "blpo_towards_ppo", default_hyperparams(), ALL_THREE | {"n_critic_updates": 1}
+        "blpo_towards_ppo", default_hyperparams(), NORMALIZED | {"n_critic_updates": 1}
     ),
     "PPO (BLPO's schedule), actor clipped alone": Algorithm("ppo_clipped_apart", BASELINES / "ppo_schedule.py"),
     "PPO (BLPO's schedule), not normalized": Algorithm("ppo", BASELINES / "ppo_schedule.py", {"normalize_advantage": False}),

@@ -77,10 +77,10 @@ def split_parameters(
     """
     named = {name: p for name, p in policy.named_parameters() if p.is_floating_point() or p.is_complex()}
     trainable = {name for name, parameter in named.items() if parameter.requires_grad}
-    for name in named:
-        if name in trainable and named[name].dtype != th.float32:
+    for name, parameter in named.items():
+        if parameter.requires_grad and parameter.dtype != th.float32:
             raise ValueError(
-                f"BLPO trains parameters of torch.float32, but `{name}` of {type(policy).__name__} is {named[name].dtype}."
+                f"BLPO trains parameters of torch.float32, but `{name}` of {type(policy).__name__} is {parameter.dtype}."
             )
     training = policy.training
     policy.set_training_mode(False)
