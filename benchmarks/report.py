@@ -59,12 +59,12 @@ def inventory(results: Results) -> str:
     :return: How many runs there are, and what they were made with
     """
     counts = {key: runs.returns.shape[1] for key, runs in results.runs.items()}
-    rows = [[task, *(counts.get((name, task), "") for name in results.algorithms)] for task in results.tasks]
+    rows = [[name, *(counts.get((name, task), "") for task in results.tasks)] for name in results.algorithms]
     without = sorted({task.env_id for task in results.tasks} - results.random.keys())
     made_with = [f"{column}: {'; '.join(map(str, results.table[column].unique()))}" for column in ("commit", "versions")]
     return "\n\n".join([
         f"Number of runs; complete: {max(counts.values())}.",
-        markdown(["", *results.algorithms], rows),
+        markdown(["", *results.tasks], rows),
         *([f"Without a random policy there is no normalised score: {', '.join(without)}."] if without else []),
         *made_with,
     ])  # fmt: skip
@@ -76,16 +76,17 @@ def aggregate(results: Results) -> str:
     :return: Table over groups of tasks
     """
     rows = []
-    for (title, tasks), name in itertools.product(groups(results.tasks).items(), results.algorithms):
-        if common := results.have(name, PPO, RANDOM, tasks=tasks):
+    for (title, all_tasks), name in itertools.product(groups(results.tasks).items(), results.algorithms):
+        tasks = results.have(PPO, RANDOM, tasks=all_tasks)
+        if tasks and results.have(name, tasks=tasks) == tasks:  # over other tasks it is not to be compared
             rows.append([
-                title, f"{len(common)} of {len(tasks)}", name,
-                estimate(results.relative, iqm, final, name, common),
-                estimate(results.relative, mean, final, name, common),
-                estimate(results.relative, iqm, area, name, common),
-                estimate(results.improvement, name, PPO, common),
-                estimate(results.arrival, "steps", name, common),
-                estimate(results.arrival, "seconds", name, common),
+                title, f"{len(tasks)} of {len(all_tasks)}", name,
+                estimate(results.relative, iqm, final, name, tasks),
+                estimate(results.relative, mean, final, name, tasks),
+                estimate(results.relative, iqm, area, name, tasks),
+                estimate(results.improvement, name, PPO, tasks),
+                estimate(results.arrival, "steps", name, tasks),
+                estimate(results.arrival, "seconds", name, tasks),
             ])  # fmt: skip
     header = [
         "", "tasks", "algorithm", "final return, IQM", "final return, mean", "area under the curve, IQM", "P(above PPO)",
@@ -94,7 +95,8 @@ def aggregate(results: Results) -> str:
     return (
         "Relative to tuned PPO: returns as (return - random policy) / (PPO - random policy), final ones from the last 10 % of "
         "training; steps and time until the mean curve first reaches PPO's final return, as parts of PPO's whole training, "
-        f"median over the tasks. {COVERAGE}\n\n" + markdown(header, rows)
+        f"median over the tasks. Algorithms that were not run on all of "
+        f"these tasks are left out. {COVERAGE}\n\n" + markdown(header, rows)
     )
 
 
