@@ -312,16 +312,20 @@ def plot_ablation(results: Results, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and figures of what run.py recorded")
     parser.add_argument("csv", nargs="*", type=Path, default=[RETURNS])
+    parser.add_argument("--envs", nargs="+", help="a part of the environments")
     parser.add_argument("--folder", type=Path, help="for report.md and the figures, by default that of the only CSV")
     arguments = parser.parse_args()
-    if len(arguments.csv) > 1 and arguments.folder is None:
-        parser.error("--folder is missing: a report on several CSVs belongs to none of theirs")
+    if (len(arguments.csv) > 1 or arguments.envs) and arguments.folder is None:
+        parser.error("--folder is missing: a report on several CSVs or on a part of one belongs to none of theirs")
     import matplotlib
 
     matplotlib.use("Agg")
+    table = pd.concat([pd.read_csv(path, dtype={"commit": str}) for path in arguments.csv])
+    if unknown := set(arguments.envs or ()) - set(table.env_id):
+        parser.error(f"--envs: {', '.join(sorted(unknown))} not among {', '.join(sorted(set(table.env_id)))}")
+    results = Results(table[table.env_id.isin(arguments.envs)] if arguments.envs else table)
     folder = arguments.folder or arguments.csv[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    results = Results(pd.concat([pd.read_csv(path, dtype={"commit": str}) for path in arguments.csv]))
     text = tables(results)
     (folder / "report.md").write_text(text)
     print(text)

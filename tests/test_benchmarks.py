@@ -491,6 +491,26 @@ def test_several_csvs(results, tmp_path, monkeypatch, capsys):
         report.main()
 
 
+def test_a_part_of_the_environments(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "N_DRAWS", 100)
+    path, folder = tmp_path / "returns.csv", tmp_path / "part"
+    results.table.to_csv(path, index=False)
+    command = ["report.py", str(path), "--envs", "Hopper-v5"]
+    monkeypatch.setattr(sys, "argv", [*command, "--folder", str(folder)])
+    report.main()
+    hopper = results.table[results.table.env_id == "Hopper-v5"]
+    assert len(hopper) < len(results.table)
+    assert (folder / "report.md").read_text() == report.tables(returns.Results(hopper))
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "--folder is missing" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, "Pong", "--folder", str(folder)])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "--envs: Pong not among " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("left", ["all", "no PPO", "no random", "one", "fewer seeds"])
 def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     rows = results.table
