@@ -284,12 +284,12 @@ def plot_summary(results: Results, path: Path) -> None:
 def plot_ablation(results: Results, path: Path) -> None:
     """
     :param results: All runs
-    :param path: The PNG, if there are variants of BLPO
+    :param path: The PNG, if there is a task with more than one variant: a single one is in the tables
     """
     from matplotlib import pyplot as plt
 
     variants = [name for name in results.algorithms if name not in COLOURS]
-    tasks = [task for task in results.have(NONE) if any((name, task) in results.runs for name in variants)]
+    tasks = [task for task in results.have(NONE) if sum((name, task) in results.runs for name in variants) > 1]
     if not tasks:
         return
     names = [BLPO, *variants]

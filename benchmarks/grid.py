@@ -1,0 +1,142 @@
+"""What run.py trains: environments × algorithms × seeds."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sb3_blpo.zoo import default_hyperparams
+
+BASELINES = Path(__file__).parent / "baselines"
+RESULTS = Path(__file__).parent / "results"
+
+
+class Algorithm(NamedTuple):
+    """
+    :param algo: Name in RL Zoo, or "random": what scores are measured from
+    :param config: Hyperparameter file, ``None``: the Zoo's, for BLPO its own
+    :param params: Hyperparameters instead of the file's; of ``ihvp_kwargs``, those named here
+    """
+
+    algo: str
+    config: Path | None = None
+    params: dict[str, Any] = {}  # noqa: RUF012, for nobody changes it
+
+
+class Cell(NamedTuple):
+    """
+    One training.
+
+    :param algorithm: Name of the algorithm in the results
+    :param env_id: Environment
+    :param n_timesteps: Length of the training, over which schedules run; 0 for "random"
+    :param seed: Seed
+    :param n_evaluations: Number of evaluations, at equal distances
+    :param what: The algorithm
+    """
+
+    algorithm: str
+    env_id: str
+    n_timesteps: int
+    seed: int
+    n_evaluations: int
+    what: Algorithm
+
+
+class Grid(NamedTuple):
+    """
+    :param algorithms: Names
+    :param budgets: Timesteps by environment
+    :param n_evaluations: As in :class:`Cell`
+    :param seeds: Seeds
+    """
+
+    algorithms: tuple[str, ...]
+    budgets: dict[str, int]
+    n_evaluations: int
+    seeds: Sequence[int] = range(5)
+
+
+ALGORITHMS = {
+    "random": Algorithm("random"),
+    "BLPO": Algorithm("blpo"),
+    "BLPO none": Algorithm("blpo", params={"ihvp_solver": "none"}),
+    "PPO (tuned)": Algorithm("ppo", BASELINES / "ppo.yml"),
+    "PPO (BLPO's schedule)": Algorithm("ppo", BASELINES / "ppo_schedule.py"),
+    "TRPO (tuned)": Algorithm("trpo", BASELINES / "trpo.yml"),
+}
+
+#: Of the ablation: what BLPO's arguments offer, and what ablation.py adds
+VARIANTS = {
+    "BLPO none, rollout's advantages": Algorithm("blpo_rollout_advantages", default_hyperparams(), {"ihvp_solver": "none"}),
+    "BLPO none, larger step": Algorithm("blpo_larger_step", default_hyperparams()),
+    "BLPO, constant u": Algorithm("blpo_constant_u", default_hyperparams()),
+    "BLPO, no curvature": Algorithm("blpo_no_curvature", default_hyperparams()),
+    **{f"BLPO, {sketch}": Algorithm("blpo", params={"ihvp_kwargs": {"sketch": sketch}}) for sketch in ("columns", "gaussian")},
+    **{f"BLPO, {solver}": Algorithm("blpo", params={"ihvp_solver": solver}) for solver in ("cg", "exact")},
+    # BLPO's own are a cap of 1 and 3 updates (5 on CartPole-v1)
+    "BLPO, cap 0.1": Algorithm("blpo", params={"max_correction_ratio": 0.1}),
+    "BLPO, no cap": Algorithm("blpo", params={"max_correction_ratio": None}),
+    **{f"BLPO, n_critic_updates {n}": Algorithm("blpo", params={"n_critic_updates": n}) for n in (1, 10)},
+}
+NORMALIZED = {"ihvp_solver": "none", "normalize_advantage": True}
+#: What else sets "none" apart from PPO with its schedule
+TOWARDS_PPO = {
+    "BLPO none, shuffled": Algorithm("blpo_shuffled", default_hyperparams(), {"ihvp_solver": "none"}),
+    "BLPO none, actor's rate": Algorithm("blpo_one_rate", default_hyperparams(), {"ihvp_solver": "none"}),
+    "BLPO none, normalized": Algorithm("blpo", params=NORMALIZED),
+    "BLPO none, all three": Algorithm("blpo_towards_ppo", default_hyperparams(), NORMALIZED),
+    "BLPO none, all three, 1 update": Algorithm(
+        "blpo_towards_ppo", default_hyperparams(), NORMALIZED | {"n_critic_updates": 1}
+    ),
+    "PPO (BLPO's schedule), actor clipped alone": Algorithm("ppo_clipped_apart", BASELINES / "ppo_schedule.py"),
+    "PPO (BLPO's schedule), not normalized": Algorithm("ppo", BASELINES / "ppo_schedule.py", {"normalize_advantage": False}),
+}
+ALGORITHMS |= VARIANTS | TOWARDS_PPO
+MAIN = ("random", "BLPO", "BLPO none", "PPO (tuned)", "PPO (BLPO's schedule)")
+TRPO = ("TRPO (tuned)",)
+MUJOCO = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
+SHORT = dict.fromkeys(MUJOCO, 250_000) | {"LunarLander-v3": 300_000, "CartPole-v1": 50_000, "Acrobot-v1": 100_000}
+LONG = dict.fromkeys(MUJOCO, 1_000_000)
+STAGE1 = [
+    Grid(MAIN, SHORT, n_evaluations=10),
+    # Where BLPO ended above PPO on the first five seeds or on the five others: by what is bilevel?
+    Grid(("PPO (BLPO's schedule), not normalized",), {task: SHORT[task] for task in ("Hopper-v5", "Walker2d-v5")}, 10),
+]
+STAGES = {
+    "stage1": STAGE1,
+    # Seeds that were first seen when every hyperparameter was fixed
+    "replication": [grid._replace(seeds=range(5, 10)) for grid in STAGE1],
+    "stage2": [
+        Grid(MAIN, LONG, n_evaluations=20),
+        Grid(TRPO, LONG, n_evaluations=20),
+        Grid(MAIN + TRPO, {"Ant-v5": 1_000_000, "Swimmer-v5": 1_000_000}, n_evaluations=20),
+        Grid(MAIN, {"Pendulum-v1": 100_000, "LunarLanderContinuous-v3": 300_000}, n_evaluations=20),
+    ],
+    "ablation": [
+        Grid((*MAIN, *VARIANTS), {task: SHORT[task] for task in ("Hopper-v5", "LunarLander-v3", "CartPole-v1")}, 10),
+        Grid((*MAIN, *TOWARDS_PPO), {"Hopper-v5": SHORT["Hopper-v5"]}, 10),
+    ],
+}
+
+#: One CSV for each report; the ablation is compared with what stage 1 trained
+OUTPUTS = {
+    "stage1": RESULTS / "returns.csv",
+    "replication": RESULTS / "replication" / "returns.csv",
+    "stage2": RESULTS / "stage2" / "returns.csv",
+    "ablation": RESULTS / "returns.csv",
+}
+
+
+def cells_of(grids: Iterable[Grid]) -> list[Cell]:
+    """
+    :param grids: A stage
+    :return: Its cells, seed by seed, so that the first ones say something about every task already
+    """
+    cells = {}
+    for grid in grids:
+        for seed, (env_id, budget), name in itertools.product(grid.seeds, grid.budgets.items(), grid.algorithms):
+            length, n_evaluations = (0, 1) if name == "random" else (budget, grid.n_evaluations)
+            cell = Cell(name, env_id, length, seed, n_evaluations, ALGORITHMS[name])
+            cells[cell[:4]] = cell
+    return list(cells.values())
