@@ -274,7 +274,7 @@ def test_replication_is_stage1_with_other_seeds(arguments, seeds, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "--stage", "replication", *arguments])
     run.main()
     # Seed by seed, first what is compared on all tasks
-    assert [one.seed for one in trained] == [seed for n_cells in (30, 2) for seed in seeds for _ in range(n_cells)]
+    assert [one.seed for one in trained] == [seed for n_cells in (30, 3) for seed in seeds for _ in range(n_cells)]
     stage1 = grid.cells_of(grid.STAGES["stage1"])
     assert {one.seed for one in stage1}.isdisjoint(seeds)
     assert {one[:3] for one in trained} == {one[:3] for one in stage1}
