@@ -2,7 +2,8 @@
 Tables and figures of what run.py recorded.
 
 ``python benchmarks/report.py`` reads ``benchmarks/results/returns.csv`` alone, or the CSV that it is given, complete or not,
-and writes ``report.md`` and figures beside it. Of several CSVs it takes all runs together. What the numbers mean: returns.py.
+and writes ``report.md`` and figures beside it. Of several CSVs, of different seeds, it takes together what stands in each of
+them. What the numbers mean: returns.py.
 """
 
 import argparse
@@ -309,6 +310,18 @@ def plot_ablation(results: Results, path: Path) -> None:
     save(figure, [], path)
 
 
+def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """
+    :param parts: Rows of several CSVs
+    :return: All rows of the trainings that each of them has, whatever the seed
+    """
+    table = pd.concat(parts)
+    training = ["algorithm", "env_id", "n_timesteps"]
+    n_parts = pd.concat([part[training].drop_duplicates() for part in parts]).value_counts()
+    in_all = n_parts.index[n_parts == len(parts)]
+    return table[pd.MultiIndex.from_frame(table[training]).isin(in_all)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and figures of what run.py recorded")
     parser.add_argument("csv", nargs="*", type=Path, default=[RETURNS])
@@ -320,7 +333,7 @@ def main() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    table = pd.concat([pd.read_csv(path, dtype={"commit": str}) for path in arguments.csv])
+    table = pooled([pd.read_csv(path, dtype={"commit": str}) for path in arguments.csv])
     if unknown := set(arguments.envs or ()) - set(table.env_id):
         parser.error(f"--envs: {', '.join(sorted(unknown))} not among {', '.join(sorted(set(table.env_id)))}")
     results = Results(table[table.env_id.isin(arguments.envs)] if arguments.envs else table)

@@ -162,11 +162,12 @@ def test_other_hyperparameters_are_not_pooled():
 
 
 def test_several_csvs(results, tmp_path, monkeypatch, capsys):
-    """Their runs count as if they stood in one; each run once."""
+    """Their runs count as if they stood in one, each run once; what only one of them has is left out."""
     monkeypatch.setattr(report, "N_DRAWS", 100)
     even = results.table.seed % 2 == 0
     paths = [str(tmp_path / name) for name in ("even.csv", "odd.csv")]
-    results.table[even].to_csv(paths[0], index=False)
+    variant = results.table[even & (results.table.algorithm == returns.BLPO)].assign(algorithm="BLPO, variant")
+    pd.concat([results.table[even], variant]).to_csv(paths[0], index=False)
     results.table[~even].to_csv(paths[1], index=False)
     folder = tmp_path / "both"
     monkeypatch.setattr(sys, "argv", ["report.py", *paths, "--folder", str(folder)])
@@ -238,10 +239,14 @@ def test_panels_of_the_ablation(monkeypatch, tmp_path):
     assert panels == [str(HOPPER)]
 
 
-@pytest.mark.parametrize("path", sorted(set(grid.OUTPUTS.values())), ids=lambda path: path.parent.name)
-def test_reports_are_up_to_date(path):
-    """What the repository shows is what its CSV gives: else run benchmarks/report.py."""
+REPORTS = {path.parent: [path] for path in grid.OUTPUTS.values()}
+REPORTS[grid.RESULTS / "ten_seeds"] = [grid.OUTPUTS["stage1"], grid.OUTPUTS["replication"]]
+
+
+@pytest.mark.parametrize("folder", REPORTS, ids=lambda folder: folder.name)
+def test_reports_are_up_to_date(folder):
+    """What the repository shows is what its CSVs give: else run benchmarks/report.py."""
     if f"numpy=={version('numpy')}" not in (ROOT / "constraints.txt").read_text().split():
         pytest.skip("quantiles are those of the numpy in constraints.txt")
-    results = returns.Results(pd.read_csv(path, dtype={"commit": str}))
-    assert (path.parent / "report.md").read_text() == report.tables(results)
+    table = report.pooled([pd.read_csv(path, dtype={"commit": str}) for path in REPORTS[folder]])
+    assert (folder / "report.md").read_text() == report.tables(returns.Results(table))
