@@ -159,11 +159,13 @@ def differences(results: Results, other: str, left_out: Collection[str] = ()) ->
         found += [(task, estimate(results.raw_difference, name, other, task), [task]) for task in results.have(name, other)]
         for title, difference, tasks in found:
             n_runs = [results.runs[who, task].returns.shape[1] for task in tasks for who in (name, other)]
-            rows.append([name, title, difference, visible(difference, n_runs)])
+            better = estimate(results.improvement, name, other, tasks)
+            rows.append([name, title, difference, visible(difference, n_runs), better])
     return (
         "Final returns; over groups of tasks, IQM in units of tuned PPO's; on single tasks, mean in units of return. Smallest "
-        "visible: the true difference that as many runs would show in about four of five cases, by a t test at 5 %."
-        "\n\n" + markdown(["", "tasks", f"minus {other}", "smallest visible"], rows)
+        "visible: the true difference that as many runs would show in about four of five cases, by a t test at 5 %. P(above): "
+        "that a single run ends above one of the other's."
+        "\n\n" + markdown(["", "tasks", f"minus {other}", "smallest visible", "P(above)"], rows)
     )
 
 
@@ -310,15 +312,16 @@ def plot_ablation(results: Results, path: Path) -> None:
     save(figure, [], path)
 
 
-def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def read(paths: Sequence[Path]) -> pd.DataFrame:
     """
-    :param parts: Rows of several CSVs
+    :param paths: One or more CSVs
     :return: All rows of the trainings that each of them has, whatever the seed
     """
+    parts = [pd.read_csv(path, dtype={"commit": str}) for path in paths]
     table = pd.concat(parts)
     training = ["algorithm", "env_id", "n_timesteps"]
     n_parts = pd.concat([part[training].drop_duplicates() for part in parts]).value_counts()
-    in_all = n_parts.index[n_parts == len(parts)]
+    in_all = n_parts.index[n_parts == len(paths)]
     return table[pd.MultiIndex.from_frame(table[training]).isin(in_all)]
 
 
@@ -333,7 +336,7 @@ def main() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    table = pooled([pd.read_csv(path, dtype={"commit": str}) for path in arguments.csv])
+    table = read(arguments.csv)
     if unknown := set(arguments.envs or ()) - set(table.env_id):
         parser.error(f"--envs: {', '.join(sorted(unknown))} not among {', '.join(sorted(set(table.env_id)))}")
     results = Results(table[table.env_id.isin(arguments.envs)] if arguments.envs else table)
