@@ -36,7 +36,8 @@ from sb3_blpo.chain import Chain
 from sb3_blpo.curvature import Curvature
 from sb3_blpo.hypergradient import best_response
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solution, Solver
-from sb3_blpo.jacobian import ChainJacobian, Jacobian
+from sb3_blpo.jacobian import Jacobian
+from sb3_blpo.layers import ChainJacobian
 
 RESULTS = Path(__file__).parent / "results"
 DAMPING, WEAK_DAMPING = 0.01, 1e-4

@@ -25,7 +25,7 @@ from sb3_blpo.actor_critic import likelihood
 from sb3_blpo.gae import LambdaReturn
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solver
-from sb3_blpo.jacobian import LayerJacobian
+from sb3_blpo.layers import LayerJacobian
 from sb3_blpo.segments import Segment
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,14 +22,8 @@ from torch.nn import functional as F
 from sb3_blpo.chain import Chain
 from sb3_blpo.checks import not_finite
 from sb3_blpo.distributions import Bernoulli, Categorical, DiagGaussian, MultiCategorical, WrittenOut
-from sb3_blpo.jacobian import (
-    AutogradJacobian,
-    ChainJacobian,
-    FunctionalJacobian,
-    Jacobian,
-    LayerJacobian,
-    flat_gradient,
-)
+from sb3_blpo.jacobian import AutogradJacobian, FunctionalJacobian, Jacobian, flat_gradient
+from sb3_blpo.layers import ChainJacobian, LayerJacobian
 from sb3_blpo.optimizers import are_same
 from sb3_blpo.policies import (
     acts_as_trained,

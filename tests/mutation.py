@@ -20,6 +20,7 @@ OWN_TESTS = {
     "segments": "segments",
     "hypergradient": "hypergradient",
     "jacobian": "jacobian",
+    "layers": "jacobian",
     "chain": "jacobian",
     "distributions": "distributions",
     "curvature": "ihvp",

@@ -17,7 +17,7 @@ from torch import nn
 from sb3_blpo import BLPO
 from sb3_blpo.actor_critic import ActionLikelihood
 from sb3_blpo.ihvp import Solution
-from sb3_blpo.jacobian import LayerJacobian
+from sb3_blpo.layers import LayerJacobian
 
 NAN, INF = math.nan, math.inf
 SOLVERS = ["nystrom", "cg", "nystrom_cg", "exact"]

@@ -12,7 +12,8 @@ from sb3_blpo.actor_critic import likelihood
 from sb3_blpo.curvature import Curvature, GaussNewton, GramGaussNewton, Hessian
 from sb3_blpo.hypergradient import Hypergradient, best_response, capped_correction, clipped_surrogate, hypergradient
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solution, make_solver
-from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
+from sb3_blpo.jacobian import FunctionalJacobian, Jacobian
+from sb3_blpo.layers import LayerJacobian
 
 CLIP_RANGE = 0.2
 DAMPING = 0.05

@@ -11,7 +11,8 @@ from sb3_blpo.curvature import Curvature, GaussNewton, GramGaussNewton, Hessian
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solver, make_solver
 from sb3_blpo.ihvp.base import relative_residual
 from sb3_blpo.ihvp.nystrom import _above_rounding
-from sb3_blpo.jacobian import FunctionalJacobian, Jacobian, LayerJacobian
+from sb3_blpo.jacobian import FunctionalJacobian, Jacobian
+from sb3_blpo.layers import LayerJacobian
 
 N_STEPS = 12
 

@@ -15,15 +15,8 @@ from torch import nn
 
 from sb3_blpo.actor_critic import Critic
 from sb3_blpo.chain import Chain
-from sb3_blpo.jacobian import (
-    AutogradJacobian,
-    ChainJacobian,
-    ConvRows,
-    FunctionalJacobian,
-    Jacobian,
-    LayerJacobian,
-    LinearRows,
-)
+from sb3_blpo.jacobian import AutogradJacobian, FunctionalJacobian, Jacobian
+from sb3_blpo.layers import ChainJacobian, ConvRows, LayerJacobian, LinearRows
 from sb3_blpo.policies import ELEMENTWISE, split_parameters, unshare_features_extractor
 
 BODIES = {

@@ -1,0 +1,274 @@
+"""
+Products with the Jacobian of a critic whose parameters all belong to Linear and Conv2d layers, without forming it.
+
+:class:`ChainJacobian` serves critics that are Linear layers and elementwise activations one after another,
+:class:`LayerJacobian` whatever else is made of these and Conv2d layers.
+"""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch as th
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from sb3_blpo.chain import Chain
+from sb3_blpo.jacobian import Jacobian, hessian_v
+
+
+class LayerRows(ABC):
+    """The part of J that belongs to one layer."""
+
+    @abstractmethod
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        """
+        :param v: The layer's part of k parameter vectors (n_layer_params, k)
+        :return: Its part of J v (n_rows, k)
+        """
+
+    @abstractmethod
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        """
+        :param w: k vectors of coefficients (n_rows, k)
+        :return: The layer's part of J^T w (n_layer_params, k)
+        """
+
+    @abstractmethod
+    def columns(self, index: th.Tensor) -> th.Tensor:
+        """
+        :param index: Indices among the layer's parameters (k,)
+        :return: These columns of J (n_rows, k)
+        """
+
+    @abstractmethod
+    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+        """
+        :param rows: k rows of J
+        :return: The layer's part of their columns of J J^T (n_rows, k)
+        """
+
+    @abstractmethod
+    def squared_norm(self, n: int) -> th.Tensor:
+        """
+        :param n: How many rows count, from the first
+        :return: The layer's part of the sum of their squared norms ()
+        """
+
+
+class LinearRows(LayerRows):
+    """
+    Of a Linear layer: the gradient of V(s_j) by its weight is the outer product of the layer's signal delta[j] = dV/dz and its
+    input h[j], so every product is a matrix product with these factors.
+
+    :param layer: The layer
+    :param h: Its inputs (n_rows, n_in)
+    :param signal: Derivatives of the values by its outputs (n_rows, n_out)
+    """
+
+    #: Largest number of elements of an intermediate result, unless a single vector needs more
+    chunk_elements = 2**24
+
+    def __init__(self, layer: nn.Linear, h: th.Tensor, signal: th.Tensor) -> None:
+        self.h = h
+        self.signal = signal
+        self.has_bias = layer.bias is not None
+        #: A bias sees the constant input 1
+        self.bias_input = h.new_full((), self.has_bias)
+        self.n_weights = layer.weight.numel()
+
+    def _in_groups(self, product: Callable[[th.Tensor], th.Tensor], vectors: th.Tensor) -> th.Tensor:
+        """Multiply as many of the k vectors at a time as keep the intermediate result (n_rows, n_in, k) small."""
+        group = max(1, self.chunk_elements // self.h.numel())
+        if vectors.shape[1] <= group:
+            return product(vectors)
+        return th.cat([product(part) for part in vectors.split(group, dim=1)], dim=1)
+
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        return self._in_groups(self._J_v, v)
+
+    def _J_v(self, v: th.Tensor) -> th.Tensor:
+        n_rows, n_in = self.h.shape
+        n_out, k = self.signal.shape[1], v.shape[1]
+        change = self.signal @ v[: self.n_weights].reshape(n_out, n_in * k)
+        if k == 1:  # without a batched product
+            product = th.linalg.vecdot(self.h, change)[:, None]
+        else:
+            product = (self.h[:, None] @ change.view(n_rows, n_in, k))[:, 0]
+        return product + self.signal @ v[self.n_weights :] if self.has_bias else product
+
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        return self._in_groups(self._Jt_w, w)
+
+    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
+        n_rows, n_in = self.h.shape
+        k = w.shape[1]
+        weighted = (self.h[:, :, None] * w[:, None]).view(n_rows, n_in * k)
+        product = (self.signal.T @ weighted).view(self.n_weights, k)
+        return th.cat([product, self.signal.T @ w]) if self.has_bias else product
+
+    def columns(self, index: th.Tensor) -> th.Tensor:
+        n_in = self.h.shape[1]
+        # A bias sees the constant input 1
+        inputs = F.pad(self.h, (0, 1), value=1.0)
+        is_weight = index < self.n_weights
+        out_index = th.where(is_weight, index // n_in, index - self.n_weights)
+        in_index = th.where(is_weight, index % n_in, n_in)
+        return self.signal[:, out_index] * inputs[:, in_index]
+
+    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+        return th.addmm(self.bias_input, self.h, self.h[rows].T).mul_(self.signal @ self.signal[rows].T)
+
+    def squared_norm(self, n: int) -> th.Tensor:
+        h, signal = self.h[:n], self.signal[:n]
+        return (th.linalg.vecdot(h, h) + self.bias_input) @ th.linalg.vecdot(signal, signal)
+
+
+class ConvRows(LayerRows):
+    """
+    Of a Conv2d layer, as a matrix: weights shared over the image leave no outer product, but are few.
+
+    :param layer: The layer, of one group and padded with zeros
+    :param h: Its inputs (n_rows, n_channels, height, width)
+    :param signal: Derivatives of the values by its outputs (n_rows, n_out, height', width')
+    """
+
+    #: Rows per group: a group's unfolded inputs are larger than the images by the kernel's area
+    group = 64
+
+    def __init__(self, layer: nn.Conv2d, h: th.Tensor, signal: th.Tensor) -> None:
+        self.rows = th.cat(
+            [self._rows(layer, *part) for part in zip(h.split(self.group), signal.split(self.group), strict=True)]
+        )
+
+    @staticmethod
+    def _rows(layer: nn.Conv2d, h: th.Tensor, signal: th.Tensor) -> th.Tensor:
+        patches = F.unfold(h, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        signal = signal.flatten(2)
+        by_weight = (signal @ patches.transpose(1, 2)).flatten(1)
+        return by_weight if layer.bias is None else th.cat([by_weight, signal.sum(dim=2)], dim=1)
+
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        return self.rows @ v
+
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        return self.rows.T @ w
+
+    def columns(self, index: th.Tensor) -> th.Tensor:
+        return self.rows[:, index]
+
+    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+        return self.rows @ self.rows[rows].T
+
+    def squared_norm(self, n: int) -> th.Tensor:
+        return self.rows[:n].square().sum()
+
+
+class LayerJacobian(Jacobian):
+    """
+    Jacobian of a critic whose parameters all belong to Linear and Conv2d layers, each used once, and whose values do not
+    depend on one another's observations. One forward and one backward pass give all layers' inputs and signals, and J is not
+    formed, but for Conv2d layers.
+
+    :param critic: Maps observations to values (n_rows,) or (n_rows, 1)
+    :param observations: Its input
+    :param layers: The layers, in the order of the parameters; ``None``: all that the critic has
+    """
+
+    cheap_gram = True
+
+    def __init__(self, critic: nn.Module, observations: Any, layers: Sequence[nn.Linear | nn.Conv2d] | None = None) -> None:
+        self.critic = critic
+        self.observations = observations
+        if layers is None:
+            layers = [module for module in critic.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        self.layers = layers
+        self.sizes = [layer.weight.numel() + (0 if layer.bias is None else len(layer.bias)) for layer in layers]
+        super().__init__(self._forward(), sum(self.sizes))
+
+    def _forward(self) -> th.Tensor:
+        """Return the values, and keep each layer's inputs and outputs."""
+        seen: dict[nn.Module, tuple[th.Tensor, th.Tensor]] = {}
+
+        def keep(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
+            seen[layer] = inputs[0].detach(), output
+
+        # Before hooks of the user's, which may change the output
+        hooks = [layer.register_forward_hook(keep, prepend=True) for layer in self.layers]
+        try:
+            with th.enable_grad():
+                values = self.critic(self.observations).flatten()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._inputs = [seen[layer][0] for layer in self.layers]
+        self._outputs = [seen[layer][1] for layer in self.layers]
+        self._total = values.sum()
+        return values.detach()
+
+    def _signals(self) -> Sequence[th.Tensor]:
+        """Return the derivatives of the values by each layer's outputs."""
+        # A value depends on its own row alone: the gradient of their sum has each row's own in its place
+        return th.autograd.grad(self._total, self._outputs)
+
+    @functools.cached_property
+    def parts(self) -> list[LayerRows]:
+        """Each layer's part of J."""
+        return [
+            ConvRows(layer, h, signal) if isinstance(layer, nn.Conv2d) else LinearRows(layer, h, signal)
+            for layer, h, signal in zip(self.layers, self._inputs, self._signals(), strict=True)
+        ]
+
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        if v.ndim == 1:
+            return self.J_v(v[:, None])[:, 0]
+        return functools.reduce(
+            th.Tensor.add_, [part.J_v(v_part) for part, v_part in zip(self.parts, v.split(self.sizes), strict=True)]
+        )
+
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        if w.ndim == 1:
+            return self.Jt_w(w[:, None])[:, 0]
+        return th.cat([part.Jt_w(w) for part in self.parts])
+
+    def columns(self, index: th.Tensor) -> th.Tensor:
+        columns = self.values.new_empty(len(self.values), len(index))
+        start = 0
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            here = (index >= start) & (index < start + size)
+            columns[:, here] = part.columns(index[here] - start)
+            start += size
+        return columns
+
+    def gram(self, rows: th.Tensor | None = None) -> th.Tensor:
+        return functools.reduce(th.Tensor.add_, [part.gram(slice(None) if rows is None else rows) for part in self.parts])
+
+    def squared_norm(self, n: int) -> th.Tensor:
+        return functools.reduce(th.Tensor.add_, [part.squared_norm(n) for part in self.parts])
+
+    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
+        own = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
+        parameters = {name: p.detach() for name, p in self.critic.named_parameters() if id(p) in own}
+        return hessian_v(lambda p: functional_call(self.critic, p, (self.observations,)).flatten(), parameters, w, v)
+
+
+class ChainJacobian(LayerJacobian):
+    """
+    The same for Linear layers and elementwise activations one after another, without automatic differentiation.
+
+    :param chain: The layers and activations, with one output
+    :param inputs: What goes into the first of them (n_rows, n_in)
+    """
+
+    def __init__(self, chain: Chain, inputs: th.Tensor) -> None:
+        self.tape = chain.tape(inputs)
+        super().__init__(chain, inputs, chain.layers)
+
+    def _forward(self) -> th.Tensor:
+        self._inputs = self.tape.inputs
+        return self.tape.outputs[:, 0]
+
+    def _signals(self) -> Sequence[th.Tensor]:
+        return self.tape.signals(th.ones_like(self.tape.outputs))
