@@ -17,6 +17,7 @@ import pandas as pd
 from returns import (
     BLPO,
     COLOURS,
+    GROWING,
     N_DRAWS,
     NONE,
     PPO,
@@ -38,9 +39,11 @@ RETURNS = Path(__file__).parent / "results" / "returns.csv"
 DIFFERENCES_TO = ("PPO (BLPO's schedule)", NONE, BLPO)
 COVERAGE = (
     "Intervals are 95 % of a bootstrap over runs. With five normally distributed runs a task they cover the truth in 84 % "
-    "(mean, one task) to 93 % (IQM, three tasks) of the cases, and one in eight differences of two such means leaves out zero "
-    "though there is none: of many, some will."
+    "(mean, one task) to 93 % (IQM, three tasks) of the cases, with ten in 90 to 94 %, and one in eight differences of two "
+    "such means, with ten runs one in 13, leaves out zero though there is none: of many, some will. An interval of no width "
+    "says that these runs ended alike, and nothing of others."
 )
+ABOVE = "that a single run ends above one of theirs, mean over the tasks; equal returns count one half"
 
 
 def markdown(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
@@ -96,8 +99,9 @@ def aggregate(results: Results) -> str:
     return (
         "Relative to tuned PPO: returns as (return - random policy) / (PPO - random policy), final ones from the last 10 % of "
         "training; steps and time until the mean curve first reaches PPO's final return, as parts of PPO's whole training, "
-        f"median over the tasks. Algorithms that were not run on all of "
-        f"these tasks are left out. {COVERAGE}\n\n" + markdown(header, rows)
+        "median over the tasks. CPU times compare algorithms only as far as they ran on the same machine (returns.md). "
+        f"P(above PPO): {ABOVE}. Algorithms that were not run on all of these tasks are left out. {COVERAGE}\n\n"
+        + markdown(header, rows)
     )
 
 
@@ -151,21 +155,22 @@ def differences(results: Results, other: str, left_out: Collection[str] = ()) ->
     """
     rows = []
     for name in (name for name in results.algorithms if name != other and name not in left_out):
-        found: list[tuple[Any, Estimate, list[Task]]] = [
-            (title, estimate(results.difference, iqm, name, other, tasks), tasks)
-            for title, tasks in groups(results.have(name, other, PPO, RANDOM)).items()
-            if len(tasks) > 1
-        ]
-        found += [(task, estimate(results.raw_difference, name, other, task), [task]) for task in results.have(name, other)]
-        for title, difference, tasks in found:
+        found: list[tuple[Any, list[Task], Estimate, Estimate | str]] = []
+        for title, tasks in groups(results.have(name, other, PPO, RANDOM)).items():
+            if len(tasks) > 1:
+                of_mean, of_iqm = (estimate(results.difference, center, name, other, tasks) for center in (mean, iqm))
+                found.append((f"{title} ({len(tasks)})", tasks, of_mean, of_iqm))
+        for task in results.have(name, other):
+            found.append((task, [task], estimate(results.raw_difference, name, other, task), ""))
+        for title, tasks, difference, of_iqms in found:
             n_runs = [results.runs[who, task].returns.shape[1] for task in tasks for who in (name, other)]
             better = estimate(results.improvement, name, other, tasks)
-            rows.append([name, title, difference, visible(difference, n_runs), better])
+            rows.append([name, title, difference, visible(difference, n_runs), of_iqms, better])
     return (
-        "Final returns; over groups of tasks, IQM in units of tuned PPO's; on single tasks, mean in units of return. Smallest "
-        "visible: the true difference that as many runs would show in about four of five cases, by a t test at 5 %. P(above): "
-        "that a single run ends above one of the other's."
-        "\n\n" + markdown(["", "tasks", f"minus {other}", "smallest visible", "P(above)"], rows)
+        "Final returns: differences of means and, over groups of tasks (in brackets: how many), of IQM, there in units of "
+        "tuned PPO's, on single tasks in units of return. Smallest visible: the true difference of means that as many runs "
+        f"would show in about four of five cases, by a t test at 5 %. P(above): {ABOVE}."
+        "\n\n" + markdown(["", "tasks", f"minus {other}", "smallest visible", "of IQM", "P(above)"], rows)
     )
 
 
@@ -227,7 +232,8 @@ def plot_curves(results: Results, path: Path) -> None:
             axis.fill_between(runs.steps, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
         if task.env_id in results.random:
             axis.axhline(results.random[task.env_id], color="black", linewidth=0.8, linestyle=":")
-        axis.set_title(task, fontsize=11)
+        n_runs = {results.runs[name, task].returns.shape[1] for name in results.colored if (name, task) in results.runs}
+        axis.set_title(f"{task} (runs: {' to '.join(map(str, sorted({min(n_runs), max(n_runs)})))})", fontsize=11)
         axis.set_xlim(0, task.n_timesteps)
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
     figure.suptitle("Return along training: mean of the runs with its 95 % interval (dotted: random policy)")
@@ -243,8 +249,8 @@ def plot_summary(results: Results, path: Path) -> None:
 
     figure, (scores, profile, better) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1), layout="constrained")
     shown = results.colored
-    parts = groups(results.have(PPO, RANDOM))
-    everything = parts.pop("all")
+    everything = results.have(PPO, RANDOM)
+    parts = {title: tasks for title, tasks in groups(everything).items() if title != "all"}
     for (i, tasks), (j, name) in itertools.product(enumerate(parts.values()), enumerate(shown)):
         if common := results.have(name, tasks=tasks):
             # Where everyone ends at the same return, the way there counts
@@ -261,8 +267,8 @@ def plot_summary(results: Results, path: Path) -> None:
     scores.set_title("Relative to tuned PPO\n(interquartile mean, 95 %)", fontsize=11)
 
     names = [name for name in shown if not name.startswith("TRPO")]
-    common = results.have(PPO, RANDOM, *names, tasks=everything)
-    thresholds = np.linspace(0, 2, 101)
+    common = [task for task in results.have(*names, tasks=everything) if task.env_id in GROWING]
+    thresholds = np.linspace(0, 4, 201)
     for name in (name for name in shown if common and results.have(name, tasks=common) == common):
         point, draws = ((results.normalized(final, name, common, n)[..., None] > thresholds).mean(1) for n in (0, 1000))
         profile.plot(thresholds, point[0], color=COLOURS[name], linewidth=2)
@@ -270,17 +276,19 @@ def plot_summary(results: Results, path: Path) -> None:
         profile.fill_between(thresholds, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
     profile.axvline(1, color="black", linewidth=0.8)
     profile.set_ylim(0, 1)
-    profile.set_title("Part of the runs that end above\na return relative to tuned PPO's", fontsize=11)
+    profile.set_title("Part of the MuJoCo runs that end above\na return relative to tuned PPO's", fontsize=11)
 
-    others = [name for name in shown if name != BLPO]
-    for i, name in enumerate(others):
-        if common := results.have(BLPO, name, tasks=everything):
-            bar(better, estimate(results.improvement, BLPO, name, common), -i, COLOURS[name])
-    better.set_yticks([-i for i in range(len(others))], [name.replace(" (", "\n(") for name in others])
+    others = {name: common for name in shown if name != BLPO and (common := results.have(BLPO, name, tasks=everything))}
+    for i, (name, common) in enumerate(others.items()):
+        bar(better, estimate(results.improvement, BLPO, name, common), -i, COLOURS[name])
+    better.set_yticks(
+        [-i for i in range(len(others))],
+        [f"{name}\n(tasks: {len(common)})".replace(", ", ",\n") for name, common in others.items()],
+    )
     better.set_ylim(0.5 - max(1, len(others)), 0.5)
     better.set_xlim(0, 1)
     better.axvline(0.5, color="black", linewidth=0.8)
-    better.set_title("Probability that a run of BLPO\nends above one of", fontsize=11)
+    better.set_title("Probability that a run of BLPO\nends above one of (ties one half)", fontsize=11)
     save(figure, results.colored, path)
 
 
@@ -295,7 +303,7 @@ def plot_ablation(results: Results, path: Path) -> None:
     tasks = [task for task in results.have(NONE) if sum((name, task) in results.runs for name in variants) > 1]
     if not tasks:
         return
-    names = [BLPO, *variants]
+    names = [name for name in results.algorithms if name in variants or (name in COLOURS and name not in (NONE, PPO))]
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(3 + 3 * len(tasks), 1.5 + 0.3 * len(names)), sharey=True, squeeze=False, layout="constrained"
     )

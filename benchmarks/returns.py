@@ -20,6 +20,7 @@ COLOURS = {
     NONE: "#777777",
     PPO: "#0072b2",
     "PPO (BLPO's schedule)": "#56b4e9",
+    "PPO (BLPO's schedule), not normalized": "#cc79a7",
     "TRPO (tuned)": "#009e73",
 }
 #: Where returns still grow at the end
@@ -272,7 +273,8 @@ class Results:
 def groups(tasks: Iterable[Task]) -> dict[str, list[Task]]:
     """
     :param tasks: Tasks
-    :return: What is aggregated; under "all" each environment once, with its shortest training
+    :return: What is aggregated; under "all", where that is more than one of the others, each environment once, with its
+        shortest training
     """
     found: dict[str, list[Task]] = {}
     shortest: dict[str, Task] = {}
@@ -282,4 +284,5 @@ def groups(tasks: Iterable[Task]) -> dict[str, list[Task]]:
         elif task.env_id in SATURATING:
             found.setdefault("tasks that saturate", []).append(task)
         shortest[task.env_id] = min(task, shortest.get(task.env_id, task))
-    return {**found, "all": list(shortest.values())}
+    everything = list(shortest.values())
+    return found if everything in found.values() else found | {"all": everything}
