@@ -35,7 +35,7 @@ class RolloutAdvantages(BLPO):
 
     def _segments(self) -> list[SegmentOfRollout]:
         segments: list[SegmentOfRollout] = []
-        with self.critic.evaluation_mode():
+        with self.critic.mode(training=False):
             for segment in super()._segments():
                 kept = SegmentOfRollout(*segment)
                 kept.rollout_advantages = segment.advantages(self.critic.values(segment.observations))

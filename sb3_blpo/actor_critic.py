@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from sb3_blpo.chain import Chain
 from sb3_blpo.checks import not_finite
 from sb3_blpo.distributions import Bernoulli, Categorical, DiagGaussian, MultiCategorical, WrittenOut
-from sb3_blpo.jacobian import AutogradJacobian, FunctionalJacobian, Jacobian, flat_gradient
+from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian, FunctionalJacobian, Jacobian, VectorwiseJacobian, flat_gradient
 from sb3_blpo.layers import ChainJacobian, LayerJacobian
 from sb3_blpo.optimizers import are_same
 from sb3_blpo.policies import (
@@ -62,10 +62,11 @@ class Critic(nn.Module):
         self.chain: Chain | None = None
         if self.layers is not None:
             self.chain = chain_of(policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net)
-        #: Whether torch.func can transform it, as far as is known
-        self.functional = True
+        #: What its Jacobian may be, where it is not made of plain layers: the first one that serves is kept
+        self.jacobians: list[Callable[..., VectorwiseJacobian]] = [FunctionalJacobian, AutogradJacobian, FormedJacobian]
+        self._jacobian_is_right = False
         #: Of actor and critic, what normalisation layers keep; a mask of -inf is none of it
-        self.statistics = [x for x in policy.buffers() if x.is_floating_point() and x.isfinite().all()]
+        self.statistics = [x for x in policy.buffers() if x.is_floating_point() and x.numel() and x.isfinite().all()]
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -100,21 +101,22 @@ class Critic(nn.Module):
         return loss.detach(), flat_gradient([loss], list(self.trainable.values()))
 
     @contextlib.contextmanager
-    def evaluation_mode(self) -> Iterator[None]:
+    def mode(self, training: bool) -> Iterator[None]:
         """
-        Switch dropout and batch statistics off for a while; a critic of plain layers has none.
+        Switch dropout and batch statistics on or off for a while; a critic of plain layers has none.
 
+        :param training: Whether they are on
         :return: A context manager
         """
-        if self.layers is not None:
+        before = self.policy.training
+        if self.layers is not None or before == training:
             yield
             return
-        training = self.policy.training
-        self.policy.set_training_mode(False)
+        self.policy.set_training_mode(training)
         try:
             yield
         finally:
-            self.policy.set_training_mode(training)
+            self.policy.set_training_mode(before)
 
     def jacobian(self, observations: PyTorchObs, generator: th.Generator) -> Jacobian:
         """
@@ -130,12 +132,17 @@ class Critic(nn.Module):
         def values(parameters: dict[str, th.Tensor]) -> th.Tensor:
             return th.func.functional_call(self, parameters, (observations,))
 
-        if self.functional:
+        while True:
             try:
-                return FunctionalJacobian(values, self.trainable, generator)
-            except RuntimeError:  # torch.func has its limits
-                self.functional = False
-        return AutogradJacobian(values, self.trainable, generator)
+                jacobian = self.jacobians[0](values, self.trainable, generator)
+                self._jacobian_is_right = self._jacobian_is_right or jacobian.is_consistent()
+                if self._jacobian_is_right:
+                    return jacobian
+            except RuntimeError:  # torch.func has its limits, and some operations have no second derivative
+                if len(self.jacobians) == 1:
+                    raise
+            del self.jacobians[0]
+            self._jacobian_is_right = False
 
     def _features(self, observations: PyTorchObs) -> th.Tensor:
         return flat_features(self.policy, self.policy.vf_features_extractor, observations)
@@ -188,18 +195,29 @@ class Actor:
     def __init__(self, policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> None:
         self.policy = policy
         self.parameters = parameters
-        plain = acts_as_trained(policy)
+        one_way = acts_as_trained(policy)
         #: Whether :meth:`act` may take the place of the policy's ``forward()``
-        self.acts_as_sb3 = plain and is_sb3(policy, "forward", "predict_values") and not any(map(is_hooked, policy.modules()))
-        self.chain: Chain | None = None
-        plain = plain and is_sb3(policy, "_get_action_dist_from_latent")
-        if plain and is_mlp(policy.mlp_extractor, "forward_actor") and type(policy.action_dist) in WRITTEN_OUT:
-            chain = chain_of(policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
-            beside = [policy.log_std] if type(policy.action_dist) is DiagGaussianDistribution else []
-            layers = [] if chain is None else chain.layers
-            differentiated = [*beside, *(parameter for layer in layers for parameter in layer.parameters())]
-            if are_same(differentiated, parameters) and not any(p._backward_hooks for p in beside):
-                self.chain = chain
+        self.acts_as_sb3 = (
+            one_way and is_sb3(policy, "forward", "predict_values") and not any(map(is_hooked, policy.modules()))
+        )
+        #: The networks, where they and the distribution can be differentiated by hand
+        self.chain = self._find_chain() if one_way else None
+
+    def _find_chain(self) -> Chain | None:
+        policy, distribution = self.policy, self.policy.action_dist
+        sb3 = is_sb3(policy, "_get_action_dist_from_latent") and is_mlp(policy.mlp_extractor, "forward_actor")
+        if not sb3 or type(distribution) not in WRITTEN_OUT:
+            return None
+        chain = chain_of(policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
+        if chain is None:
+            return None
+        beside: list[th.Tensor] = []
+        if isinstance(distribution, DiagGaussianDistribution):
+            beside = [policy.log_std]
+            if policy.log_std.numel() != distribution.action_dim:  # a policy of the user's may have one for all actions
+                return None
+        differentiated = [*beside, *(parameter for layer in chain.layers for parameter in layer.parameters())]
+        return chain if are_same(differentiated, self.parameters) and not any(p._backward_hooks for p in beside) else None
 
     def act(self, observations: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """

@@ -26,7 +26,8 @@ from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import Solver, make_solver
-from sb3_blpo.optimizers import Snapshot, gradient_vector, leave_to, make_optimizer, optimizes, parameters_of
+from sb3_blpo.jacobian import MAX_JACOBIAN_BYTES
+from sb3_blpo.optimizers import Gradient, leave_to, make_optimizer, optimizes, parameters_of, undone_on_error
 from sb3_blpo.policies import StandIn, appearance, has_own, split_parameters, unshare_features_extractor
 from sb3_blpo.segments import Rollout, Segment, Truncation, each
 
@@ -34,10 +35,8 @@ SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")
 
 IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "values", "max_iter": 50, "tol": 1e-5}
 
-#: ihvp_solver="exact" refuses anything larger: of the dense Hessian, in critic parameters, and of the Jacobian of a critic
-#: that is not made of Linear and Conv2d layers, in bytes
+#: ihvp_solver="exact" refuses a dense Hessian of more critic parameters
 MAX_HESSIAN_PARAMETERS = 20_000
-MAX_JACOBIAN_BYTES = 64 * 2**20
 
 
 class CriticUpdate(NamedTuple):
@@ -118,6 +117,7 @@ class BLPO(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }
 
+    # What `_look_at_policy` saw last: another policy and other parameters are split anew, other looks make a new Actor and Critic
     _known_policy: ActorCriticPolicy | None = None
     _known_parameters: set[int]
     _known_looks: Any = None
@@ -197,6 +197,8 @@ class BLPO(OnPolicyAlgorithm):
         # Source of everything that the solvers draw, saved with the model
         self.sketch_generator: th.Generator | None = None
         self._truncations: list[Truncation] = []
+        #: Observation after the rollout, and whether its last steps ended their episodes
+        self._rollout_end: tuple[Any, np.ndarray] | None = None
 
         if _init_setup_model:
             self._setup_model()
@@ -229,9 +231,9 @@ class BLPO(OnPolicyAlgorithm):
             actor, critic = split_parameters(self.policy, self.observation_space)
             # In a copy, or for a policy that was compiled, the optimizers are right and have their state
             if not optimizes(self.policy.optimizer, actor.values()):
-                self.policy.optimizer = make_optimizer(self.policy, actor, self.lr_schedule(1))
-            if not optimizes(getattr(self, "critic_optimizer", None), critic.values()):
-                self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1))
+                self.policy.optimizer = make_optimizer(self.policy, actor, self.lr_schedule(1), self.policy.optimizer)
+            if not optimizes(critic_optimizer := getattr(self, "critic_optimizer", None), critic.values()):
+                self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1), critic_optimizer)
             self._known_policy = self.policy
             self._known_parameters = {id(parameter) for parameter in (*actor.values(), *critic.values())}
         looks = (self.policy.optimizer, self.critic_optimizer, appearance(self.policy))
@@ -254,7 +256,7 @@ class BLPO(OnPolicyAlgorithm):
                     f"`ihvp_solver`='exact' with `curvature`='hessian' takes a critic of at most {MAX_HESSIAN_PARAMETERS} "
                     f"parameters, but this one has {n_parameters}; use 'nystrom' or 'cg'."
                 )
-            if self.critic.layers is None and jacobian_bytes > MAX_JACOBIAN_BYTES:
+            if self.curvature != "hessian" and self.critic.layers is None and jacobian_bytes > MAX_JACOBIAN_BYTES:
                 raise ValueError(
                     f"`ihvp_solver`='exact' takes at most {MAX_JACOBIAN_BYTES} bytes for the Jacobian of a critic that is not "
                     f"made of Linear and Conv2d layers, but a minibatch of {length * width} transitions and {n_parameters} "
@@ -286,7 +288,7 @@ class BLPO(OnPolicyAlgorithm):
         self._truncations = []
         self._look_at_policy()
         try:
-            with self._lean_acting(rollout_buffer):
+            with self._stand_ins(rollout_buffer):
                 return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         except ValueError as error:
             # The distribution refuses the parameters that NaN observations lead to, in words that do not mention them
@@ -294,21 +296,25 @@ class BLPO(OnPolicyAlgorithm):
             raise error
 
     @contextlib.contextmanager
-    def _lean_acting(self, rollout_buffer: RolloutBuffer) -> Iterator[None]:
-        """Act without the critic; when the rollout is full, it sees all observations at once: nobody needs values earlier."""
-        plain = type(rollout_buffer) in (RolloutBuffer, DictRolloutBuffer)
-        if not self.actor.acts_as_sb3 or not plain or has_own(rollout_buffer, "compute_returns_and_advantage"):
-            yield
-            return
+    def _stand_ins(self, rollout_buffer: RolloutBuffer) -> Iterator[None]:
+        """
+        Remember what follows the rollout, for callbacks at its end may reset the environment. And act without the critic where
+        nobody needs values earlier: when the rollout is full, it sees all observations at once.
+        """
+        sb3_buffer = type(rollout_buffer) in (RolloutBuffer, DictRolloutBuffer)
+        lean = self.actor.acts_as_sb3 and sb3_buffer and not has_own(rollout_buffer, "compute_returns_and_advantage")
 
-        def with_values(last_values: th.Tensor, dones: np.ndarray) -> None:
+        def at_the_end(last_values: th.Tensor, dones: np.ndarray) -> None:
             stand_ins.close()  # before callbacks see them again
-            rollout_buffer.values[:] = self._rollout_values(rollout_buffer.observations).cpu().numpy()
+            self._rollout_end = (self._last_obs, dones)
+            if lean:
+                rollout_buffer.values[:] = self._rollout_values(rollout_buffer.observations).cpu().numpy()
             rollout_buffer.compute_returns_and_advantage(last_values, dones)
 
         with contextlib.ExitStack() as stand_ins:
-            stand_ins.enter_context(StandIn(self.policy, "forward", self.actor.act))
-            stand_ins.enter_context(StandIn(rollout_buffer, "compute_returns_and_advantage", with_values))
+            if lean:
+                stand_ins.enter_context(StandIn(self.policy, "forward", self.actor.act))
+            stand_ins.enter_context(StandIn(rollout_buffer, "compute_returns_and_advantage", at_the_end))
             yield
 
     def _rollout_values(self, observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
@@ -316,10 +322,11 @@ class BLPO(OnPolicyAlgorithm):
 
         def values(steps: slice) -> th.Tensor:
             part = each(lambda obs: th.as_tensor(obs[steps], device=self.device).flatten(0, 1), observations)
-            return self.critic.values(part).view(-1, self.n_envs)
+            return self.critic.values(part).view(-1, n_envs)
 
-        n_steps = max(1, 1024 // self.n_envs)  # at a time: images are large
-        return th.cat([values(slice(start, start + n_steps)) for start in range(0, self.n_steps, n_steps)])
+        n_steps, n_envs = (next(iter(observations.values())) if isinstance(observations, dict) else observations).shape[:2]
+        at_a_time = max(1, 1024 // n_envs)  # images are large
+        return th.cat([values(slice(start, start + at_a_time)) for start in range(0, n_steps, at_a_time)])
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
@@ -345,12 +352,11 @@ class BLPO(OnPolicyAlgorithm):
         self._update_learning_rates()
         clip_range = scheduled("clip_range", self.clip_range, self._current_progress_remaining)
         buffers = list(self.policy.buffers())
-        actor_gradient = gradient_vector(self.policy.optimizer)
-        critic_gradient = gradient_vector(self.critic_optimizer)
+        actor_gradient, critic_gradient = Gradient(self.policy.optimizer), Gradient(self.critic_optimizer)
         segments = self._segments()
         if self.solver is not None:
             assert self.sketch_generator is not None
-            self.solver.draw(critic_gradient, self.sketch_generator)
+            self.solver.draw(critic_gradient.vector, self.sketch_generator)
 
         stats: list[dict[str, th.Tensor]] = []
         first_of_epoch = 0
@@ -360,14 +366,14 @@ class BLPO(OnPolicyAlgorithm):
             # Every minibatch is a stretch of time; their order is random
             for index in th.randperm(len(segments), device="cpu").tolist():
                 segment = segments[index]
-                with Snapshot.of(self.critic_optimizer, buffers), th.inference_mode(self._by_hand):
+                with undone_on_error(self.critic_optimizer, buffers), th.inference_mode(self._by_hand):
                     # Follower: nested updates towards the best response to the current actor
                     critic_updates = [self._update_critic(segment, critic_gradient) for _ in range(self.n_critic_updates)]
                     # Leader: the hypergradient under the new critic
                     leader = self._hypergradient(segment, clip_range, with_residual=not stats)
                     actor_norm = th.linalg.vector_norm(leader.gradient)
                     clip = (self.max_grad_norm / (actor_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_
-                    th.mul(leader.gradient, -clip, out=actor_gradient)
+                    actor_gradient.set(leader.gradient * -clip)
                     approx_kl = self._check_minibatch(critic_updates, leader, actor_norm)
                 critic_losses = th.stack([update.loss for update in critic_updates])
                 stats.append(leader.stats | {"critic_loss_before": critic_losses[0], "value_loss": critic_losses.mean()})
@@ -406,39 +412,45 @@ class BLPO(OnPolicyAlgorithm):
 
     def _segments(self) -> Sequence[Segment]:
         """Cut the rollout into minibatches."""
-        assert self._last_obs is not None and self._last_episode_starts is not None
+        assert self._rollout_end is not None
+        last_observation, last_done = self._rollout_end
         buffer = self.rollout_buffer
         for name in ("observations", "rewards", "values", "returns", "log_probs"):
             check_finite(name, getattr(buffer, name))
-        check_finite("observations", self._last_obs)
+        check_finite("observations", last_observation)
         terminal_values = th.zeros(0, device=self.device)
         if self._truncations:
-            with th.no_grad(), self.critic.evaluation_mode():
+            with th.no_grad(), self.critic.mode(training=False):
                 # One by one, as SB3 computed what it added to the rewards
                 terminal_values = th.cat([self.critic(truncation.observation) for truncation in self._truncations])
         rollout = Rollout(
             buffer,
-            obs_as_tensor(self._last_obs, self.device),
-            self._last_episode_starts,
+            obs_as_tensor(last_observation, self.device),
+            last_done,
             self._truncations,
             terminal_values,
             self.gamma,
         )
         return list(rollout.segments(self.batch_size))
 
-    def _update_critic(self, segment: Segment, gradient_vector: th.Tensor) -> CriticUpdate:
+    def _update_critic(self, segment: Segment, critic_gradient: Gradient) -> CriticUpdate:
         """One step of the follower on the mean squared error against the rollout's lambda-returns."""
         loss, gradient = self.critic.loss_and_gradient(segment.states, segment.returns)
-        gradient_vector.copy_(gradient)
+        critic_gradient.set(gradient)
         with th.inference_mode(False):  # its state, and what its hooks make of it, is used elsewhere too
             self.critic_optimizer.step()
         return CriticUpdate(loss, th.linalg.vector_norm(gradient))
 
     def _hypergradient(self, segment: Segment, clip_range: float, with_residual: bool) -> Hypergradient:
         """The leader's gradient on one minibatch."""
-        likelihood = self.actor.likelihood(segment.states, segment.actions)
+        log_prob, entropy, gradient = self.actor.likelihood(segment.states, segment.actions)
+
+        def policy_gradient(by_log_prob: th.Tensor, by_entropy: th.Tensor | None) -> th.Tensor:
+            with self.critic.mode(training=True):  # checkpointing runs parts of the forward pass again
+                return gradient(by_log_prob, by_entropy)
+
         # The values that the leader reckons with must not depend on the minibatch's statistics or on dropout
-        with self.critic.evaluation_mode():
+        with self.critic.mode(training=False):
             jacobian = None
             if self.solver is None or not self.critic.trainable:  # what is frozen does not respond
                 values = self.critic.values(segment.observations)
@@ -447,11 +459,13 @@ class BLPO(OnPolicyAlgorithm):
                 jacobian = self.critic.jacobian(segment.observations, self.sketch_generator)
                 values = jacobian.values
             return hypergradient(
-                *likelihood,
+                log_prob,
+                entropy,
+                policy_gradient,
                 segment,
                 values,
                 jacobian,
-                None if jacobian is None else self.solver,
+                self.solver,
                 clip_range=clip_range,
                 normalize_advantage=self.normalize_advantage,
                 ent_coef=self.ent_coef,
@@ -470,7 +484,8 @@ class BLPO(OnPolicyAlgorithm):
         quantities = {f"critic's gradient in nested update {i + 1}": update.norm for i, update in enumerate(critic_updates)}
         quantities |= {"critic's loss": leader.stats["critic_loss_after"], "actor's gradient": actor_norm}
         if self.critic.statistics:
-            quantities["sum of the layers' running statistics"] = th.stack([x.sum() for x in self.critic.statistics]).sum()
+            largest = [x.abs().max().float() for x in self.critic.statistics]
+            quantities["largest of the layers' running statistics"] = th.stack(largest).max()
         quantities["approximate KL divergence"] = leader.stats["approx_kl"]
         # The only host read of the minibatch
         numbers = th.stack(list(quantities.values())).tolist()
@@ -609,11 +624,21 @@ class BLPO(OnPolicyAlgorithm):
             self.sketch_generator.manual_seed(seed)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        if self._known_policy is not self.policy:  # whose optimizer still has the parameters of both networks
+        if self._known_policy is not self.policy:
             self._look_at_policy()
+        leave_to(self.critic_optimizer, self.policy.optimizer)  # one that was assigned since may have all parameters
         state_dicts, tensors = super()._get_torch_save_params()
         return [*state_dicts, "critic_optimizer"], tensors
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "critic", "solver", "_known_policy", "_known_parameters", "_known_looks", "_truncations"]
+        own = [
+            "actor",
+            "critic",
+            "solver",
+            "_known_policy",
+            "_known_parameters",
+            "_known_looks",
+            "_truncations",
+            "_rollout_end",
+        ]
         return [*super()._excluded_save_params(), *own]

@@ -194,7 +194,7 @@ def hypergradient(
         entropy_t (n_actor_params,)
     :param segment: The minibatch
     :param values: Of the segment's observations under the current critic
-    :param jacobian: Of these values; ``None`` without a solver
+    :param jacobian: Of these values; ``None``: the direct gradient alone
     :param solver: Of the critic's linear system; ``None``: the direct gradient alone
     :param clip_range: PPO's clipping parameter
     :param normalize_advantage: Divide both gradients by the advantages' standard deviation, and shift the direct one's
@@ -222,9 +222,8 @@ def hypergradient(
         mean_entropy = (-log_prob if entropy is None else entropy).mean()
         stats = _policy_stats(surrogate, log_prob - segment.old_log_prob, mean_entropy, ent_coef, clip_range)
         stats["critic_loss_after"] = residuals.square().mean()
-        if solver is None:
+        if solver is None or jacobian is None:
             return Hypergradient(direct, stats)
-        assert jacobian is not None
         # Step 4: how the critic's best response would move each value
         coefficients = segment.return_gradient(surrogate.weights)
         response = best_response(jacobian, coefficients, residuals, solver, damping, curvature, with_residual)

@@ -2,7 +2,8 @@
 Products with the critic's Jacobian J, whose row j is the gradient of the value V(s_j) by the critic's parameters.
 
 :mod:`sb3_blpo.layers` serves critics made of Linear and Conv2d layers. Here :class:`FunctionalJacobian` serves every other one
-through torch.func, :class:`AutogradJacobian` those that it cannot transform.
+through torch.func, :class:`AutogradJacobian` those that it cannot transform, and :class:`FormedJacobian` those whose pass back
+cannot be differentiated itself.
 """
 
 import contextlib
@@ -15,12 +16,15 @@ import torch as th
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+#: No Jacobian of a critic that is not made of layers is larger than this, where it has to be formed
+MAX_JACOBIAN_BYTES = 64 * 2**20
+
 
 class Jacobian(ABC):
     """
     The linear map from a change of the critic's parameters (n_params,) to the change of its values (n_rows,).
 
-    Parameters are ordered as in ``critic.parameters()``, flattened and joined.
+    Parameters are in the order of the critic's optimizer, flattened and joined.
 
     :param values: V(s_j), detached (n_rows,)
     :param n_params: Number of the critic's parameters
@@ -121,6 +125,19 @@ class VectorwiseJacobian(Jacobian):
         J_transposed = self.Jt_w(identity)
         return J_transposed.T @ J_transposed
 
+    def is_consistent(self) -> bool:
+        """
+        :return: Whether both products belong to one matrix, <w, J v> = <J^T w, v>, as far as they are numbers. They do not
+            where the critic's pass back holds something that torch takes for constant
+        """
+        generator = th.Generator().manual_seed(0)
+        for _ in range(self.n_probes):
+            w, v = (th.randn(n, generator=generator).to(self.values) for n in (len(self.values), self.n_params))
+            Jt_w = self.Jt_w(w)
+            if (w @ self.J_v(v) - Jt_w @ v).abs() > 0.01 * th.linalg.vector_norm(Jt_w):
+                return False
+        return True
+
     def squared_norm(self, n: int) -> th.Tensor:
         coins = th.randint(2, (self.n_probes, n), generator=self.generator, device=self.generator.device)
         signs = coins.to(self.values) * 2 - 1
@@ -172,6 +189,8 @@ class AutogradJacobian(VectorwiseJacobian):
     def __init__(
         self, critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], generator: th.Generator
     ) -> None:
+        # Not the critic's own, whose hooks are for gradients of its loss
+        parameters = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
         with th.enable_grad(), _twice_differentiable():
             self._graph = critic(parameters)
         super().__init__(self._graph.detach(), parameters, generator)
@@ -192,6 +211,43 @@ class AutogradJacobian(VectorwiseJacobian):
 
     def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
         return self._gradient(self._gradient(self._graph, w, create_graph=True), v)
+
+
+class FormedJacobian(VectorwiseJacobian):
+    """
+    Row by row, for critics whose pass back cannot be differentiated itself: with an ``autograd.Function`` that is
+    ``once_differentiable`` or computes its gradient outside of torch, or an operation without a second derivative.
+
+    :param critic: Maps a dictionary of parameters to the values (n_rows,)
+    :param parameters: The critic's parameters by name
+    :param generator: Source of the probes
+    :raises ValueError: If the Jacobian is too large
+    """
+
+    def __init__(
+        self, critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], generator: th.Generator
+    ) -> None:
+        parameters = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+        with th.enable_grad():
+            values = critic(parameters)
+        super().__init__(values.detach(), parameters, generator)
+        n_bytes = len(values) * self.n_params * values.element_size()
+        if n_bytes > MAX_JACOBIAN_BYTES:
+            raise ValueError(
+                f"Torch cannot differentiate the critic's gradient, its Jacobian may have {MAX_JACOBIAN_BYTES} bytes, "
+                f"but a minibatch of {len(values)} observations and {self.n_params} parameters needs {n_bytes}; use a smaller "
+                "`batch_size` or `ihvp_solver`='none'."
+            )
+        self.rows = th.stack([flat_gradient([value], list(parameters.values())) for value in values])
+
+    def _J_v(self, v: th.Tensor) -> th.Tensor:
+        return self.rows @ v
+
+    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
+        return self.rows.T @ w
+
+    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
+        raise ValueError("Torch cannot differentiate the critic's gradient: use `curvature`='gauss_newton'.")
 
 
 def flat_gradient(

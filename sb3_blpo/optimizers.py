@@ -1,27 +1,37 @@
 """
-The optimizers of leader and follower: how they are made, their parameters, and undoing what one of them did.
+The optimizers of leader and follower: how they are made, their parameters and gradients, and undoing what one of them did.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 
-def make_optimizer(policy: ActorCriticPolicy, parameters: dict[str, nn.Parameter], learning_rate: float) -> th.optim.Optimizer:
+def make_optimizer(
+    policy: ActorCriticPolicy,
+    parameters: dict[str, nn.Parameter],
+    learning_rate: float,
+    former: th.optim.Optimizer | None = None,
+) -> th.optim.Optimizer:
     """
     :param policy: Has the optimizer's class and arguments
     :param parameters: What to optimize
     :param learning_rate: Initial learning rate
+    :param former: The optimizer until now, whose state of the same parameters is kept, if it is of the same kind
     :return: The optimizer
     """
     kwargs: dict[str, Any] = policy.optimizer_kwargs
     if policy.optimizer_class in (th.optim.Adam, th.optim.AdamW):
         # One kernel for all parameters: for small networks several times faster, on the CPU too
         kwargs = {"fused": not any(name in kwargs for name in ("foreach", "capturable", "differentiable"))} | kwargs
-    return policy.optimizer_class(list(parameters.values()), lr=learning_rate, **kwargs)  # type: ignore[call-arg]
+    optimizer = policy.optimizer_class(list(parameters.values()), lr=learning_rate, **kwargs)  # type: ignore[call-arg]
+    if type(former) is type(optimizer) and former.defaults.get("fused") == optimizer.defaults.get("fused"):
+        optimizer.state.update({p: former.state[p] for p in parameters.values() if p in former.state})
+    return optimizer
 
 
 def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
@@ -60,56 +70,59 @@ def leave_to(first: th.optim.Optimizer, other: th.optim.Optimizer) -> None:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
 
 
-def gradient_vector(optimizer: th.optim.Optimizer) -> th.Tensor:
+class Gradient:
     """
-    :param optimizer: An optimizer; the ``grad`` of its parameters is set to views of the result, of frozen ones to ``None``
-    :return: A vector that holds the gradients of :func:`parameters_of` it, zero now
+    The gradients of an optimizer's parameters as one vector.
+
+    :param optimizer: The optimizer; the ``grad`` of frozen parameters is set to ``None``
     """
-    optimizer.zero_grad()
-    parameters = parameters_of(optimizer)
-    example = parameters[0] if parameters else th.zeros(0)
-    vector = th.zeros(sum(p.numel() for p in parameters), dtype=example.dtype, device=example.device)
-    for parameter, part in zip(parameters, vector.split([parameter.numel() for parameter in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
-    return vector
+
+    def __init__(self, optimizer: th.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        parameters = parameters_of(optimizer)
+        for parameter in parameters:
+            # Fused optimizers go through parameter and gradient in the order of memory
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        example = parameters[0] if parameters else th.zeros(0)
+        #: Of :func:`parameters_of` the optimizer, flattened and joined
+        self.vector = th.zeros(sum(p.numel() for p in parameters), dtype=example.dtype, device=example.device)
+        parts = self.vector.split([parameter.numel() for parameter in parameters])
+        self._views = [(parameter, part.view_as(parameter)) for parameter, part in zip(parameters, parts, strict=True)]
+
+    def set(self, gradient: th.Tensor) -> None:
+        """
+        Give each parameter its part, whatever hooks have put in the place of the last one.
+
+        :param gradient: The vector's new content
+        """
+        self.vector.copy_(gradient)
+        for parameter, view in self._views:
+            if parameter.grad is not view:
+                parameter.grad = view
 
 
-class Snapshot(NamedTuple):
+@contextlib.contextmanager
+def undone_on_error(optimizer: th.optim.Optimizer, buffers: list[th.Tensor]) -> Iterator[None]:
     """
-    What a minibatch changes before its last check: the critic, its optimizer's state, and the networks' buffers.
+    Put back what a minibatch changes before its last check, the critic, its optimizer's state and the networks' buffers, if
+    the block raises.
 
     :param optimizer: The critic's optimizer
-    :param tensors: Parameters and buffers, each with its value
-    :param state: The optimizer's state by parameter
+    :param buffers: The policy's, which forward passes change (statistics of normalisation layers)
+    :return: A context manager
     """
-
-    optimizer: th.optim.Optimizer
-    tensors: list[tuple[th.Tensor, th.Tensor]]
-    state: dict[th.Tensor, dict[str, Any]]
-
-    @classmethod
-    def of(cls, optimizer: th.optim.Optimizer, buffers: list[th.Tensor]) -> "Snapshot":
-        """
-        :param optimizer: The critic's optimizer
-        :param buffers: The policy's, which forward passes change (statistics of normalisation layers)
-        :return: Their values now
-        """
-        tensors = [*parameters_of(optimizer), *buffers]
-        state = {
-            parameter: {key: value.clone() if isinstance(value, th.Tensor) else value for key, value in entries.items()}
-            for parameter, entries in optimizer.state.items()
-        }
-        return cls(optimizer, [(tensor, tensor.detach().clone()) for tensor in tensors], state)
-
-    def __enter__(self) -> "Snapshot":
-        return self
-
-    def __exit__(self, exception: type[BaseException] | None, *_: Any) -> None:
-        """Put everything back if the block raised."""
-        if exception is None:
-            return
+    before = [(tensor, tensor.detach().clone()) for tensor in (*parameters_of(optimizer), *buffers)]
+    state = {
+        parameter: {key: value.clone() if isinstance(value, th.Tensor) else value for key, value in entries.items()}
+        for parameter, entries in optimizer.state.items()
+    }
+    try:
+        yield
+    except BaseException:
         with th.no_grad():
-            for tensor, value in self.tensors:
+            for tensor, value in before:
                 tensor.copy_(value)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(self.state)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        raise

@@ -52,7 +52,13 @@ def unshare_features_extractor(policy: ActorCriticPolicy) -> None:
     if policy.share_features_extractor:
         if not any(True for _ in policy.features_extractor.parameters()):
             return
-        policy.vf_features_extractor = copy.deepcopy(policy.features_extractor)
+        try:
+            policy.vf_features_extractor = copy.deepcopy(policy.features_extractor)
+        except RuntimeError as error:  # old-style weight_norm and others
+            raise ValueError(
+                f"The critic gets a copy of the features extractor, but {type(policy.features_extractor).__name__} cannot be "
+                f"copied ({error}); use `policy_kwargs`={{'share_features_extractor': False}}."
+            ) from error
         policy.share_features_extractor = False
     # SB3's list of constructor arguments lacks this one, and `policy.save()` and `load()` would silently merge the extractors
     policy._get_constructor_parameters = functools.partial(_constructor_parameters, policy)  # type: ignore[method-assign]
@@ -103,7 +109,8 @@ def split_parameters(
             raise ValueError(
                 f"BLPO needs an actor and a critic without common parameters, but `{name}` of {type(policy).__name__} belongs "
                 f"to {'both' if name in by_actor else 'neither'}; every trainable parameter must affect either the action "
-                "distribution or the value."
+                "distribution or the value. Where a features extractor shares what it copies (torch.jit.script), use "
+                "`policy_kwargs`={'share_features_extractor': False}."
             )
     actor = {name: parameter for name, parameter in named.items() if name in by_actor - by_critic}
     critic = {name: parameter for name, parameter in named.items() if name in by_critic - by_actor}
@@ -257,6 +264,8 @@ class StandIn:
         self.owner = owner
         self.name = name
         self.function = function
+        #: The object's own method, if it has another one than its class
+        self.own = vars(owner)[name] if has_own(owner, name) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -267,10 +276,12 @@ class StandIn:
 
     def __exit__(self, *_: Any) -> None:
         vars(self.owner).pop(self.name, None)
+        if self.own is not None:
+            vars(self.owner)[self.name] = self.own
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Called before the copy has attributes of its own
-        return getattr, (self.owner, self.name)
+        return (getattr, (self.owner, self.name)) if self.own is None else (copy.copy, (self.own,))
 
 
 def has_own(owner: Any, name: str) -> bool:

@@ -212,6 +212,9 @@ def test_exact_with_a_large_jacobian() -> None:
     assert "256 transitions" in message
     small(env=vec_env(SpaceEnv(IMAGE), 2), ihvp_solver="exact", batch_size=256, **(images | {"n_steps": 64}))
     small(env=SpaceEnv(IMAGE), ihvp_solver="nystrom", batch_size=256, **images)
+    # Nor does the Hessian
+    small(env=SpaceEnv(), ihvp_solver="exact", curvature="hessian", n_steps=2048, batch_size=2048,
+          policy_kwargs={"net_arch": [96, 96], "activation_fn": nn.PReLU})  # fmt: skip
     # Critics made of Linear layers and convolutions never form the Jacobian
     small("CnnPolicy", SpaceEnv(IMAGE), ihvp_solver="exact", n_steps=256, batch_size=256)
     small(ihvp_solver="exact", n_steps=4096, batch_size=4096, policy_kwargs={"net_arch": [64, 64]})

@@ -19,10 +19,14 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
+import sb3_blpo.jacobian
 from sb3_blpo import BLPO
+from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian
 
 SOLVERS = ["nystrom", "cg", "exact", "none"]
 
@@ -515,7 +519,155 @@ def test_critics_that_torch_func_cannot_transform(module: Any, curvature: str) -
 
     model = small(built_with(change), curvature=curvature)
     assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
-    assert not model.critic.functional and logged(model)["correction_skipped"] == 0
+    assert type(model.critic.jacobian(th.zeros(2, 3), th.Generator())) is AutogradJacobian
+    assert logged(model)["correction_skipped"] == 0
+
+
+class Once(th.autograd.Function):
+    """Its backward is no function of tensors that require a gradient."""
+
+    @staticmethod
+    def forward(x: th.Tensor) -> th.Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class OutsideTorch(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor) -> th.Tensor:
+        ctx.x = x.detach().numpy()
+        return th.as_tensor(np.sin(ctx.x))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
+        return th.as_tensor(gradient.detach().numpy() * np.cos(ctx.x))
+
+
+class ByFunction(nn.Module):
+    def __init__(self, function: type[Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return x + self.function.apply(x)
+
+
+class Distances(nn.Module):
+    """Radial basis functions, whose distances torch differentiates once."""
+
+    centres: th.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centres", th.linspace(-1, 1, 40).view(5, 8))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return F.pad((-th.cdist(x, self.centres)).exp(), (0, 3))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("module", [lambda: ByFunction(Once), lambda: ByFunction(OutsideTorch), Distances])
+def test_critics_whose_gradient_torch_cannot_differentiate(module: Any, solver: str) -> None:
+    """Products with their Jacobian would be wrong without a word, or an error of torch's."""
+    model = small(built_with(lambda policy: policy.mlp_extractor.value_net.append(module())), ihvp_solver=solver)
+    assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
+    assert logged(model).get("correction_skipped", 0) == 0
+    observations = th.randn(5, 3)
+    jacobian = model.critic.jacobian(observations, th.Generator())
+    assert isinstance(jacobian, FormedJacobian)
+    parameters = list(model.critic.trainable.values())
+    gradients = (th.autograd.grad(value, parameters, retain_graph=True) for value in model.critic(observations))
+    J = th.stack([th.cat([part.flatten() for part in row]) for row in gradients])
+    v, w = th.randn(J.shape[1]), th.randn(5)
+    actual = (jacobian.J_v(v), jacobian.Jt_w(w), jacobian.gram(th.tensor([2])), jacobian.columns(th.tensor([7])))
+    th.testing.assert_close(actual, (J @ v, J.T @ w, J @ J[[2]].T, J[:, [7]]))
+
+
+def test_what_takes_more_than_such_critics_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = built_with(lambda policy: policy.mlp_extractor.value_net.append(Distances()))
+    with pytest.raises(ValueError, match="use `curvature`='gauss_newton'"):
+        small(policy, curvature="hessian").learn(16)
+    monkeypatch.setattr(sb3_blpo.jacobian, "MAX_JACOBIAN_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"may have 1000 bytes, but a minibatch of .* needs .* `ihvp_solver`='none'"):
+        small(policy).learn(16)
+
+
+def test_hooks_of_parameters_do_not_see_the_jacobian() -> None:
+    calls: list[str] = []
+    model = small(built_with(lambda policy: policy.mlp_extractor.value_net.append(OldStyle())))
+    model.policy.value_net.weight.register_hook(lambda gradient: calls.append("critic"))
+    model.learn(16)
+    assert len(calls) == 6  # two minibatches, three updates each
+
+
+def test_dropout_in_a_checkpoint() -> None:
+    """Which runs that part of the forward pass once more, and compares."""
+
+    class Part(nn.Module):
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            return checkpoint(lambda y: F.dropout(y, training=self.training), x, use_reentrant=False)
+
+    def change(policy: Any) -> None:
+        policy.mlp_extractor.policy_net.append(Part())
+        policy.mlp_extractor.value_net.append(nn.Dropout())
+
+    small(built_with(change)).learn(16)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 2), (2,)])
+@pytest.mark.parametrize("ent_coef", [0.0, 0.1])
+def test_shapes_of_log_std(shape: tuple[int, ...], ent_coef: float) -> None:
+    """SB3 takes whatever broadcasts: one standard deviation for all actions is possible, too."""
+
+    def change(policy: Any) -> None:
+        policy.log_std = nn.Parameter(th.full(shape, -0.3))
+
+    gradients, entropies = [], []
+    for by_hand in (True, False):
+        model = continuous(policy=built_with(change), ent_coef=ent_coef, learning_rate=0.0, batch_size=16)
+        if not by_hand:
+            model.policy.action_net.register_forward_hook(lambda *_: None)
+        model.set_random_seed(0)
+        model.learn(16)
+        assert (model.actor.chain is not None) == (by_hand and shape in ((1, 2), (2,)))
+        gradients.append([parameter.grad for parameter in model.actor.parameters])
+        entropies.append(logged(model)["entropy_loss"])
+    th.testing.assert_close(*gradients)
+    assert entropies[0] == pytest.approx(entropies[1])
+
+
+def test_a_mask_that_is_not_infinite() -> None:
+    """Attention masks are often the least number that there is."""
+
+    def change(policy: Any) -> None:
+        policy.register_buffer("mask", th.full((4, 4), th.finfo(th.float32).min).triu(1))
+        policy.register_buffer("nothing", th.zeros(0))
+
+    small(built_with(change)).learn(16)
+
+
+def test_an_extractor_that_cannot_be_copied() -> None:
+    class WeightNorm(BaseFeaturesExtractor):
+        def __init__(self, space: Any) -> None:
+            super().__init__(space, 4)
+            with pytest.warns(FutureWarning):
+                self.layer = nn.utils.weight_norm(nn.Linear(3, 4))
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return th.tanh(self.layer(observations))
+
+    arguments = {"features_extractor_class": WeightNorm, "net_arch": [8]}
+    with pytest.raises(ValueError, match=r"WeightNorm cannot be copied .*; use `policy_kwargs`={'share_features_extractor': "):
+        small(policy_kwargs=arguments)
+    small(policy_kwargs=arguments | {"share_features_extractor": False})
 
 
 def test_a_compiled_policy_is_saved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,6 +703,7 @@ class Copies(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        self.end = copy.deepcopy(self.model)
         buffer = self.model.rollout_buffer  # type: ignore[attr-defined]
         self.buffers = [copy.deepcopy(buffer), pickle.loads(pickle.dumps(buffer))]
         self.values = self.model.policy(th.zeros(1, 3))[1]
@@ -565,8 +718,9 @@ def test_copies_made_within_a_rollout() -> None:
         assert policy.forward.__self__ is policy
     assert callback.values.isfinite().all()
     buffer = copy.deepcopy(model.rollout_buffer.returns)
+    assert isinstance(callback.copy, BLPO) and isinstance(callback.end, BLPO)
+    callback.end.train()
     callback.copy.learn(16)
-    assert isinstance(callback.copy, BLPO)
     assert callback.copy.rollout_buffer.returns.any() and (buffer == model.rollout_buffer.returns).all()
     assert "forward" not in vars(callback.copy.policy)
     for buffer in callback.buffers:
@@ -599,9 +753,17 @@ def test_a_buffers_own_method_is_called_and_kept() -> None:
         original(*args, **kwargs)
 
     model.rollout_buffer.compute_returns_and_advantage = compute  # type: ignore[method-assign]
-    model.learn(32)
+    copies: list[BLPO] = []
+
+    class Copy(BaseCallback):
+        def _on_step(self) -> bool:
+            copies.append(copy.deepcopy(self.model))  # type: ignore[arg-type]
+            return True
+
+    model.learn(32, Copy())
     assert len(calls) == 2
     assert model.rollout_buffer.compute_returns_and_advantage is compute
+    assert copies[0].rollout_buffer.compute_returns_and_advantage is compute
 
 
 def test_a_compiled_policy(monkeypatch: pytest.MonkeyPatch) -> None:

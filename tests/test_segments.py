@@ -9,6 +9,7 @@ from envs import ACTION_SPACES, IMAGE, SpaceEnv, vec_env
 from gymnasium import spaces
 from models import collect_rollout, differences, small, state_of
 from problems import random_segment
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -147,6 +148,37 @@ def test_segments_of_a_second_rollout_forget_the_first():
     starts = model.rollout_buffer.episode_starts
     ended = np.append(starts[1:], model._last_episode_starts[None], axis=0)
     assert all(ended[truncation.step, truncation.env] for truncation in model._truncations)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_reset_at_the_end_of_the_rollout(lean):
+    """Which a curriculum may want for the next rollout: the finished one goes on as it did."""
+
+    class Reset(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            self.model._last_obs = self.training_env.reset()
+            self.model._last_episode_starts = np.ones(1, dtype=bool)
+
+    states = []
+    for callback in (Reset(), None):
+        model = small(env=SpaceEnv(episode_length=100), n_steps=8, batch_size=8)
+        if not lean:
+            model.policy.register_forward_hook(lambda *_: None)
+        states.append(state_of(model.learn(8, callback)))
+    assert not differences(*states)
+
+
+def test_a_buffer_of_another_size():
+    model = small(env=vec_env(SpaceEnv(), 2))
+    _, callback = model._setup_learn(100)
+    buffer = RolloutBuffer(40, model.observation_space, model.action_space, "cpu", n_envs=2)
+    assert model.collect_rollouts(model.env, callback, buffer, 40)
+    with th.no_grad():
+        values = model.policy.predict_values(th.as_tensor(buffer.observations[39]))
+    np.testing.assert_allclose(buffer.values[39], values.flatten(), rtol=1e-5)
 
 
 def test_get_is_not_called_and_the_buffer_is_left_alone():

@@ -27,7 +27,7 @@ class Solution(NamedTuple):
 class Solver(ABC):
     """A way to solve (H + alpha I) x = g."""
 
-    #: Whether the Gauss-Newton system is solved with the whole Gram matrix, where that is no larger than parameter vectors
+    #: Whether the Gauss-Newton system is solved with the whole Gram matrix, where that is cheap: see ``best_response``
     needs_gram = True
 
     @abstractmethod
