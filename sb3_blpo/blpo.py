@@ -117,7 +117,8 @@ class BLPO(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }
 
-    # What `_look_at_policy` saw last: another policy and other parameters are split anew, other looks make a new Actor and Critic
+    # What `_look_at_policy` saw last: another policy and other parameters are split anew, other looks make a new Actor and a
+    # new Critic alone
     _known_policy: ActorCriticPolicy | None = None
     _known_parameters: set[int]
     _known_looks: Any = None

@@ -2,8 +2,9 @@
 Generalized advantage estimation and its adjoint on (n_steps, n_envs) tensors.
 
 Everything in BLPO that runs along time is one linear operator U, the discounted sum inside an episode,
-(U x)_t = sum_{k >= t} (gamma lambda)^(k - t) x_k, or its transpose, an eligibility trace: lambda-returns are U applied to rewards
-and the values that they bootstrap from, and both the leader's gradient by the values and the weights of the correction are traces.
+(U x)_t = sum_{k >= t} (gamma lambda)^(k - t) x_k, or its transpose, an eligibility trace: lambda-returns are U applied to
+rewards and the values that they bootstrap from, and both the leader's gradient by the values and the weights of the correction
+are traces.
 """
 
 from typing import NamedTuple
