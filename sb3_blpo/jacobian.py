@@ -130,9 +130,10 @@ class VectorwiseJacobian(Jacobian):
         :return: Whether both products belong to one matrix, <w, J v> = <J^T w, v>, as far as they are numbers. They do not
             where the critic's pass back holds something that torch takes for constant
         """
-        generator = th.Generator().manual_seed(0)
+        generator = th.Generator("cpu").manual_seed(0)
         for _ in range(self.n_probes):
-            w, v = (th.randn(n, generator=generator).to(self.values) for n in (len(self.values), self.n_params))
+            sizes = (len(self.values), self.n_params)
+            w, v = (th.randn(n, generator=generator, device="cpu").to(self.values) for n in sizes)
             Jt_w = self.Jt_w(w)
             if (w @ self.J_v(v) - Jt_w @ v).abs() > 0.01 * th.linalg.vector_norm(Jt_w):
                 return False
