@@ -632,14 +632,6 @@ class BLPO(OnPolicyAlgorithm):
         return [*state_dicts, "critic_optimizer"], tensors
 
     def _excluded_save_params(self) -> list[str]:
-        own = [
-            "actor",
-            "critic",
-            "solver",
-            "_known_policy",
-            "_known_parameters",
-            "_known_looks",
-            "_truncations",
-            "_rollout_end",
-        ]
-        return [*super()._excluded_save_params(), *own]
+        own = ["actor", "critic", "solver", "_known_policy", "_known_parameters", "_known_looks"]
+        of_rollout = ["_truncations", "_rollout_end"]
+        return [*super()._excluded_save_params(), *own, *of_rollout]

@@ -596,7 +596,9 @@ def test_what_takes_more_than_such_critics_have(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="use `curvature`='gauss_newton'"):
         small(policy, curvature="hessian").learn(16)
     monkeypatch.setattr(sb3_blpo.jacobian, "MAX_JACOBIAN_BYTES", 1000)
-    with pytest.raises(ValueError, match=r"may have 1000 bytes, but a minibatch of .* needs .* `ihvp_solver`='none'"):
+    with pytest.raises(
+        ValueError, match=r"may have at most 1000 bytes, but a minibatch with .* needs .* `ihvp_solver`='none'"
+    ):
         small(policy).learn(16)
 
 
