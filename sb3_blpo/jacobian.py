@@ -235,8 +235,8 @@ class FormedJacobian(VectorwiseJacobian):
         n_bytes = len(values) * self.n_params * values.element_size()
         if n_bytes > MAX_JACOBIAN_BYTES:
             raise ValueError(
-                "Torch cannot differentiate the critic's gradient, so that its Jacobian has to be formed and may have at "
-                f"most {MAX_JACOBIAN_BYTES} bytes, but a minibatch with {len(values)} values of {self.n_params} parameters needs "
+                "Torch cannot differentiate the critic's gradient, so that its Jacobian has to be formed and may have at most "
+                f"{MAX_JACOBIAN_BYTES} bytes, but a minibatch with {len(values)} values of {self.n_params} parameters needs "
                 f"{n_bytes}; use a smaller `batch_size` or `ihvp_solver`='none'."
             )
         self.rows = th.stack([flat_gradient([value], list(parameters.values())) for value in values])
