@@ -232,8 +232,9 @@ def plot_curves(results: Results, path: Path) -> None:
             axis.fill_between(runs.steps, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
         if task.env_id in results.random:
             axis.axhline(results.random[task.env_id], color="black", linewidth=0.8, linestyle=":")
-        n_runs = {results.runs[name, task].returns.shape[1] for name in results.colored if (name, task) in results.runs}
-        axis.set_title(f"{task} (runs: {' to '.join(map(str, sorted({min(n_runs), max(n_runs)})))})", fontsize=11)
+        n_runs = [results.runs[name, task].returns.shape[1] for name in results.colored if (name, task) in results.runs]
+        ends = sorted({min(n_runs, default=0), max(n_runs, default=0)})
+        axis.set_title(f"{task} (runs: {' to '.join(map(str, ends))})", fontsize=11)
         axis.set_xlim(0, task.n_timesteps)
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
     figure.suptitle("Return along training: mean of the runs with its 95 % interval (dotted: random policy)")

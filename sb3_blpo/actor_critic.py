@@ -64,9 +64,10 @@ class Critic(nn.Module):
             self.chain = chain_of(policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net)
         #: What its Jacobian may be, where it is not made of plain layers: the first one that serves is kept
         self.jacobians: list[Callable[..., VectorwiseJacobian]] = [FunctionalJacobian, AutogradJacobian, FormedJacobian]
-        self._jacobian_is_right = False
+        #: Whether this was seen, once for every ``train()``
+        self.jacobian_is_right = False
         #: Of actor and critic, what normalisation layers keep; a mask of -inf is none of it
-        self.statistics = [x for x in policy.buffers() if x.is_floating_point() and x.numel() and x.isfinite().all()]
+        self.statistics = [x for x in policy.buffers() if x.is_floating_point() and x.numel() and x.float().isfinite().all()]
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -123,6 +124,7 @@ class Critic(nn.Module):
         :param observations: (n, ...)
         :param generator: Source of what the Jacobian draws
         :return: The values' Jacobian by the critic's parameters
+        :raises ValueError: If it has to be formed and is too large
         """
         if self.chain is not None:
             return ChainJacobian(self.chain, self._features(observations))
@@ -135,14 +137,16 @@ class Critic(nn.Module):
         while True:
             try:
                 jacobian = self.jacobians[0](values, self.trainable, generator)
-                self._jacobian_is_right = self._jacobian_is_right or jacobian.is_consistent()
-                if self._jacobian_is_right:
+                self.jacobian_is_right = self.jacobian_is_right or jacobian.is_consistent()
+                if self.jacobian_is_right:
                     return jacobian
+            except th.OutOfMemoryError:
+                raise
             except RuntimeError:  # torch.func has its limits, and some operations have no second derivative
                 if len(self.jacobians) == 1:
                     raise
             del self.jacobians[0]
-            self._jacobian_is_right = False
+            self.jacobian_is_right = False
 
     def _features(self, observations: PyTorchObs) -> th.Tensor:
         return flat_features(self.policy, self.policy.vf_features_extractor, observations)

@@ -286,7 +286,7 @@ class BLPO(OnPolicyAlgorithm):
         :return: True if function returned with at least `n_rollout_steps` collected, False if callback terminated rollout
         :raises ValueError: If an observation holds NaN
         """
-        self._truncations = []
+        self._truncations, self._rollout_end = [], None
         self._look_at_policy()
         try:
             with self._stand_ins(rollout_buffer):
@@ -305,12 +305,15 @@ class BLPO(OnPolicyAlgorithm):
         sb3_buffer = type(rollout_buffer) in (RolloutBuffer, DictRolloutBuffer)
         lean = self.actor.acts_as_sb3 and sb3_buffer and not has_own(rollout_buffer, "compute_returns_and_advantage")
 
+        compute_returns_and_advantage = rollout_buffer.compute_returns_and_advantage
+
         def at_the_end(last_values: th.Tensor, dones: np.ndarray) -> None:
-            stand_ins.close()  # before callbacks see them again
+            if lean or rollout_buffer.full:  # a buffer of the user's may come here earlier, too
+                stand_ins.close()  # before callbacks see them again
             self._rollout_end = (self._last_obs, dones)
             if lean:
                 rollout_buffer.values[:] = self._rollout_values(rollout_buffer.observations).cpu().numpy()
-            rollout_buffer.compute_returns_and_advantage(last_values, dones)
+            compute_returns_and_advantage(last_values=last_values, dones=dones)
 
         with contextlib.ExitStack() as stand_ins:
             if lean:
@@ -358,6 +361,7 @@ class BLPO(OnPolicyAlgorithm):
         if self.solver is not None:
             assert self.sketch_generator is not None
             self.solver.draw(critic_gradient.vector, self.sketch_generator)
+            self.critic.jacobian_is_right = False
 
         stats: list[dict[str, th.Tensor]] = []
         first_of_epoch = 0
@@ -413,8 +417,8 @@ class BLPO(OnPolicyAlgorithm):
 
     def _segments(self) -> Sequence[Segment]:
         """Cut the rollout into minibatches."""
-        assert self._rollout_end is not None
-        last_observation, last_done = self._rollout_end
+        last_observation, last_done = self._rollout_end or (self._last_obs, self._last_episode_starts)
+        assert last_observation is not None and last_done is not None
         buffer = self.rollout_buffer
         for name in ("observations", "rewards", "values", "returns", "log_probs"):
             check_finite(name, getattr(buffer, name))

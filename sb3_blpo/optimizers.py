@@ -21,7 +21,7 @@ def make_optimizer(
     :param policy: Has the optimizer's class and arguments
     :param parameters: What to optimize
     :param learning_rate: Initial learning rate
-    :param former: The optimizer until now, whose state of the same parameters is kept, if it is of the same kind
+    :param former: The optimizer until now, whose state of the same parameters is kept, if only its rate differs
     :return: The optimizer
     """
     kwargs: dict[str, Any] = policy.optimizer_kwargs
@@ -29,7 +29,7 @@ def make_optimizer(
         # One kernel for all parameters: for small networks several times faster, on the CPU too
         kwargs = {"fused": not any(name in kwargs for name in ("foreach", "capturable", "differentiable"))} | kwargs
     optimizer = policy.optimizer_class(list(parameters.values()), lr=learning_rate, **kwargs)  # type: ignore[call-arg]
-    if type(former) is type(optimizer) and former.defaults.get("fused") == optimizer.defaults.get("fused"):
+    if type(former) is type(optimizer) and former.defaults | {"lr": 0} == optimizer.defaults | {"lr": 0}:
         optimizer.state.update({p: former.state[p] for p in parameters.values() if p in former.state})
     return optimizer
 

@@ -54,7 +54,7 @@ def unshare_features_extractor(policy: ActorCriticPolicy) -> None:
             return
         try:
             policy.vf_features_extractor = copy.deepcopy(policy.features_extractor)
-        except RuntimeError as error:  # old-style weight_norm and others
+        except (RuntimeError, TypeError) as error:  # old-style weight_norm, locks and others
             raise ValueError(
                 f"The critic gets a copy of the features extractor, but {type(policy.features_extractor).__name__} cannot be "
                 f"copied ({error}); use `policy_kwargs`={{'share_features_extractor': False}}."
@@ -251,6 +251,10 @@ def is_mlp(extractor: nn.Module, *methods: str) -> bool:
     return type(extractor) is MlpExtractor and not any(has_own(extractor, method) for method in methods)
 
 
+def _itself(thing: Any) -> Any:
+    return thing
+
+
 class StandIn:
     """
     What takes the place of a method of one object inside a ``with`` block. In a copy of the object it is the method.
@@ -281,7 +285,7 @@ class StandIn:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Called before the copy has attributes of its own
-        return (getattr, (self.owner, self.name)) if self.own is None else (copy.copy, (self.own,))
+        return (getattr, (self.owner, self.name)) if self.own is None else (_itself, (self.own,))
 
 
 def has_own(owner: Any, name: str) -> bool:

@@ -76,6 +76,14 @@ def test_a_replaced_parameter_leaves_the_state_of_the_others() -> None:
     assert {float(state["step"]) for state in model.critic_optimizer.state.values()} == {12}
 
 
+def test_a_replaced_parameter_where_other_arguments_want_another_state() -> None:
+    model = small(env=SpaceEnv(action_space=TORQUES)).learn(16)
+    model.policy.optimizer_kwargs["amsgrad"] = True
+    model.policy.log_std = nn.Parameter(model.policy.log_std.detach() - 1)
+    model.learn(16)
+    assert {float(state["step"]) for state in model.policy.optimizer.state.values()} == {2}
+
+
 def test_save_with_an_optimizer_of_all_parameters() -> None:
     model = small().learn(16)
     model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
@@ -13,6 +14,7 @@ import torch as th
 from envs import IMAGE, TORQUES, SpaceEnv
 from gymnasium import spaces
 from models import differences, logged, small, state_of
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -26,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sb3_blpo.jacobian
 from sb3_blpo import BLPO
-from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian
+from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian, FunctionalJacobian
 
 SOLVERS = ["nystrom", "cg", "exact", "none"]
 
@@ -591,6 +593,36 @@ def test_critics_whose_gradient_torch_cannot_differentiate(module: Any, solver: 
     th.testing.assert_close(actual, (J @ v, J.T @ w, J @ J[[2]].T, J[:, [7]]))
 
 
+def test_such_a_critic_behind_a_small_head() -> None:
+    """Whose parameters' gradients are small beside the head's own."""
+
+    def change(policy: Any) -> None:
+        policy.mlp_extractor.value_net.append(ByFunction(OutsideTorch))
+        nn.init.zeros_(policy.value_net.weight)
+
+    model = small(built_with(change)).learn(32)
+    assert isinstance(model.critic.jacobian(th.randn(5, 3), th.Generator()), FormedJacobian)
+
+
+def test_critics_in_half_precision() -> None:
+    class HalfPrecision(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            with th.autocast("cpu", th.bfloat16):
+                return self.layer(x).float()
+
+    def change(policy: Any) -> None:
+        policy.mlp_extractor.value_net[0] = HalfPrecision(policy.mlp_extractor.value_net[0])
+        policy.value_net = HalfPrecision(policy.value_net)
+
+    for seed in range(5):
+        model = small(built_with(change), seed=seed, policy_kwargs={"net_arch": [32]}).learn(16)
+        assert isinstance(model.critic.jacobian(th.randn(64, 3), th.Generator()), FunctionalJacobian)
+
+
 def test_what_takes_more_than_such_critics_have(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = built_with(lambda policy: policy.mlp_extractor.value_net.append(Distances()))
     with pytest.raises(ValueError, match="use `curvature`='gauss_newton'"):
@@ -750,10 +782,11 @@ def test_a_buffers_own_method_is_called_and_kept() -> None:
     calls: list[int] = []
     original = model.rollout_buffer.compute_returns_and_advantage
 
-    def compute(*args: Any, **kwargs: Any) -> None:
+    def compute_returns_and_advantage(buffer: RolloutBuffer, *args: Any, **kwargs: Any) -> None:
         calls.append(1)
         original(*args, **kwargs)
 
+    compute = types.MethodType(compute_returns_and_advantage, model.rollout_buffer)
     model.rollout_buffer.compute_returns_and_advantage = compute  # type: ignore[method-assign]
     copies: list[BLPO] = []
 
@@ -765,7 +798,32 @@ def test_a_buffers_own_method_is_called_and_kept() -> None:
     model.learn(32, Copy())
     assert len(calls) == 2
     assert model.rollout_buffer.compute_returns_and_advantage is compute
-    assert copies[0].rollout_buffer.compute_returns_and_advantage is compute
+    assert copies[0].rollout_buffer.compute_returns_and_advantage.__func__ is compute.__func__  # type: ignore[attr-defined]
+
+
+class KeywordBuffer(RolloutBuffer):
+    """Takes its arguments by name alone, as SB3 passes them, and computes returns on the way as well."""
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        super().add(*args, **kwargs)
+        if self.pos == 4:
+            self.compute_returns_and_advantage(last_values=th.zeros(1), dones=np.zeros(1))
+
+    def compute_returns_and_advantage(self, *, last_values: th.Tensor, dones: np.ndarray) -> None:  # type: ignore[override]
+        super().compute_returns_and_advantage(last_values, dones)
+
+
+def test_a_buffer_of_the_users() -> None:
+    a, b = (small(rollout_buffer_class=kind).learn(32).policy.parameters() for kind in (KeywordBuffer, None))
+    th.testing.assert_close([*a], [*b], rtol=1e-4, atol=1e-5)
+
+
+def test_training_on_a_rollout_that_was_collected_otherwise() -> None:
+    model = small().learn(16)
+    model._rollout_end = None
+    before = [parameter.detach().clone() for parameter in model.policy.parameters()]
+    model.train()
+    assert not all(map(th.equal, before, model.policy.parameters()))
 
 
 def test_a_compiled_policy(monkeypatch: pytest.MonkeyPatch) -> None:
