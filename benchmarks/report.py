@@ -304,7 +304,7 @@ def plot_ablation(results: Results, path: Path) -> None:
     tasks = [task for task in results.have(NONE) if sum((name, task) in results.runs for name in variants) > 1]
     if not tasks:
         return
-    names = [name for name in results.algorithms if name in variants or (name in COLOURS and name not in (NONE, PPO))]
+    names = [name for name in results.algorithms if name not in (NONE, PPO)]
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(3 + 3 * len(tasks), 1.5 + 0.3 * len(names)), sharey=True, squeeze=False, layout="constrained"
     )

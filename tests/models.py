@@ -9,6 +9,7 @@ import torch as th
 from envs import SpaceEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 import sb3_blpo.blpo
 from sb3_blpo import BLPO
@@ -118,3 +119,22 @@ def collect_rollout(model: BLPO) -> BLPO:
     assert model.env is not None
     assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     return model
+
+
+def changed(model: BLPO, change: Callable[[], Any]) -> set[str]:
+    """The parameters that are others afterwards."""
+    before = {name: parameter.detach().clone() for name, parameter in model.policy.named_parameters()}
+    change()
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+    return {name for name, parameter in model.policy.named_parameters() if not th.equal(parameter, before[name])}
+
+
+def built_with(change: Callable[[Any], Any]) -> type[ActorCriticPolicy]:
+    """SB3's policy, with its networks changed while it is built."""
+
+    class Changed(ActorCriticPolicy):
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            change(self)
+
+    return Changed
