@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import ablation  # noqa: F401, for its algorithms
 import numpy as np
 import torch as th
-from grid import ALGORITHMS, OUTPUTS, STAGES, Cell, Grid, cells_of
+from grid import ALGORITHMS, OUTPUTS, STAGES, Cell, cells_of
 from gymnasium import spaces
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
@@ -337,15 +337,14 @@ def main() -> None:
     parser.add_argument("--print-commands", action="store_true", help="print the Zoo's commands and train nothing")
     arguments = parser.parse_args()
     grids = [
-        Grid(
-            arguments.algorithms or grid.algorithms,
-            {
+        grid._replace(
+            algorithms=arguments.algorithms or grid.algorithms,
+            budgets={
                 env_id: arguments.n_timesteps or budget
                 for env_id, budget in grid.budgets.items()
                 if not arguments.envs or env_id in arguments.envs
             },
-            grid.n_evaluations,
-            arguments.seeds or grid.seeds,
+            seeds=arguments.seeds or grid.seeds,
         )
         for grid in STAGES[arguments.stage]
     ]

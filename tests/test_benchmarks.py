@@ -64,6 +64,25 @@ def test_every_cell_has_hyperparameters():
         assert len({(one.env_id, run.config_of(one)) for one in cells if one.what.algo == "ppo"}) >= 6
 
 
+@pytest.mark.parametrize("path", sorted(set(grid.OUTPUTS.values())), ids=lambda path: path.parent.name)
+def test_results_are_of_these_hyperparameters(path):
+    """What the repository shows is what its grid would train: else run benchmarks/run.py."""
+    if (version("rl_zoo3"), version("stable_baselines3")) != ("2.9.2", "2.9.2"):
+        pytest.skip("the defaults that the results were made with are those of rl_zoo3 and stable_baselines3 2.9.2")
+    stages = [grid.STAGES[stage] for stage, output in grid.OUTPUTS.items() if output == path]
+    cells = {tuple(map(str, one[:3])): one for grids in stages for one in grid.cells_of(grids)}
+    recorded = {(run.key(row)[:3], row["config"]) for row in run.read(path)}
+    assert recorded == {(key, run.config_of(cells[key])) for key, _ in recorded}
+
+
+def test_hyperparameters_of_a_stage():
+    own = {"n_steps": 64, "ihvp_solver": "cg"}
+    names = ("random", "BLPO", "BLPO none", "PPO (BLPO's schedule)", "PPO (tuned)", "TRPO (tuned)")
+    cells = grid.cells_of([grid.Grid(names, {"CartPole-v1": 128, "Acrobot-v1": 128}, 2, [0], {"CartPole-v1": own})])
+    params = [one.what.params for one in cells]
+    assert params == [{}, own, own | {"ihvp_solver": "none"}, own, {}, {}, {}, {}, {"ihvp_solver": "none"}, {}, {}, {}]
+
+
 def test_no_default_hyperparameters_for_baselines():
     with pytest.raises(ValueError, match="Hyperparameters not found for ppo-MountainCar-v0"):
         run.config_of(cell("PPO (tuned)", "MountainCar-v0"))
