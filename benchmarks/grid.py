@@ -9,6 +9,7 @@ from sb3_blpo.zoo import default_hyperparams
 
 BASELINES = Path(__file__).parent / "baselines"
 TUNED_BY_THE_ZOO = (BASELINES / "ppo.yml", BASELINES / "trpo.yml")
+PPO_SCHEDULE = BASELINES / "ppo_schedule.py"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -50,7 +51,7 @@ class Grid(NamedTuple):
     :param budgets: Timesteps by environment
     :param n_evaluations: As in :class:`Cell`
     :param seeds: Seeds
-    :param params: By environment, hyperparameters instead of those of BLPO's entry, for PPO with its schedule too
+    :param params: By environment, hyperparameters instead of those of BLPO's entry, and so of PPO's with its schedule
     """
 
     algorithms: tuple[str, ...]
@@ -65,7 +66,7 @@ ALGORITHMS = {
     "BLPO": Algorithm("blpo"),
     "BLPO none": Algorithm("blpo", params={"ihvp_solver": "none"}),
     "PPO (tuned)": Algorithm("ppo", TUNED_BY_THE_ZOO[0]),
-    "PPO (BLPO's schedule)": Algorithm("ppo", BASELINES / "ppo_schedule.py"),
+    "PPO (BLPO's schedule)": Algorithm("ppo", PPO_SCHEDULE),
     "TRPO (tuned)": Algorithm("trpo", TUNED_BY_THE_ZOO[1]),
 }
 
@@ -92,8 +93,8 @@ TOWARDS_PPO = {
     "BLPO none, all three, 1 update": Algorithm(
         "blpo_towards_ppo", default_hyperparams(), NORMALIZED | {"n_critic_updates": 1}
     ),
-    "PPO (BLPO's schedule), actor clipped alone": Algorithm("ppo_clipped_apart", BASELINES / "ppo_schedule.py"),
-    "PPO (BLPO's schedule), not normalized": Algorithm("ppo", BASELINES / "ppo_schedule.py", {"normalize_advantage": False}),
+    "PPO (BLPO's schedule), actor clipped alone": Algorithm("ppo_clipped_apart", PPO_SCHEDULE),
+    "PPO (BLPO's schedule), not normalized": Algorithm("ppo", PPO_SCHEDULE, {"normalize_advantage": False}),
 }
 ALGORITHMS |= VARIANTS | TOWARDS_PPO
 MAIN = ("random", "BLPO", "BLPO none", "PPO (tuned)", "PPO (BLPO's schedule)")
@@ -102,7 +103,14 @@ MUJOCO = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
 SHORT = dict.fromkeys(MUJOCO, 250_000) | {"LunarLander-v3": 300_000, "CartPole-v1": 50_000, "Acrobot-v1": 100_000}
 LONG = dict.fromkeys(MUJOCO, 1_000_000)
 #: What does best at a quarter of the length for which the entry is made (tuning.md)
-SHORT_PARAMS = {"HalfCheetah-v5": {"n_envs": 2, "batch_size": 128}}
+SHORT_PARAMS = {
+    "HalfCheetah-v5": {
+        "n_envs": 2,
+        "batch_size": 128,
+        "learning_rate": "lin_5e-4",
+        "critic_learning_rate": "lin_2e-3",
+    }
+}
 
 
 def _short(algorithms: tuple[str, ...], tasks: Iterable[str] = SHORT) -> Grid:
@@ -136,6 +144,14 @@ OUTPUTS = {
 }
 
 
+def _with_params(what: Algorithm, params: dict[str, Any]) -> Algorithm:
+    if what.algo == "random" or what.config in TUNED_BY_THE_ZOO:
+        return what
+    if what.config == PPO_SCHEDULE:
+        params = {name: value for name, value in params.items() if name != "critic_learning_rate"}
+    return what._replace(params=params | what.params)
+
+
 def cells_of(grids: Iterable[Grid]) -> list[Cell]:
     """
     :param grids: A stage
@@ -145,9 +161,6 @@ def cells_of(grids: Iterable[Grid]) -> list[Cell]:
     for grid in grids:
         for seed, (env_id, budget), name in itertools.product(grid.seeds, grid.budgets.items(), grid.algorithms):
             length, n_evaluations = (0, 1) if name == "random" else (budget, grid.n_evaluations)
-            what = ALGORITHMS[name]
-            if what.algo != "random" and what.config not in TUNED_BY_THE_ZOO:
-                what = what._replace(params=grid.params.get(env_id, {}) | what.params)
-            cell = Cell(name, env_id, length, seed, n_evaluations, what)
+            cell = Cell(name, env_id, length, seed, n_evaluations, _with_params(ALGORITHMS[name], grid.params.get(env_id, {})))
             cells[cell[:4]] = cell
     return list(cells.values())
