@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from sb3_blpo.zoo import default_hyperparams
 
 BASELINES = Path(__file__).parent / "baselines"
-TUNED_BY_THE_ZOO = (BASELINES / "ppo.yml", BASELINES / "trpo.yml")
 PPO_SCHEDULE = BASELINES / "ppo_schedule.py"
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,16 +57,16 @@ class Grid(NamedTuple):
     budgets: dict[str, int]
     n_evaluations: int
     seeds: Sequence[int] = range(5)
-    params: dict[str, dict[str, Any]] = {}  # noqa: RUF012
+    params: dict[str, dict[str, Any]] = {}  # noqa: RUF012, as above
 
 
 ALGORITHMS = {
     "random": Algorithm("random"),
     "BLPO": Algorithm("blpo"),
     "BLPO none": Algorithm("blpo", params={"ihvp_solver": "none"}),
-    "PPO (tuned)": Algorithm("ppo", TUNED_BY_THE_ZOO[0]),
+    "PPO (tuned)": Algorithm("ppo", BASELINES / "ppo.yml"),
     "PPO (BLPO's schedule)": Algorithm("ppo", PPO_SCHEDULE),
-    "TRPO (tuned)": Algorithm("trpo", TUNED_BY_THE_ZOO[1]),
+    "TRPO (tuned)": Algorithm("trpo", BASELINES / "trpo.yml"),
 }
 
 #: Of the ablation: what BLPO's arguments offer, and what ablation.py adds
@@ -145,10 +144,10 @@ OUTPUTS = {
 
 
 def _with_params(what: Algorithm, params: dict[str, Any]) -> Algorithm:
-    if what.algo == "random" or what.config in TUNED_BY_THE_ZOO:
-        return what
-    if what.config == PPO_SCHEDULE:
+    if what.config == PPO_SCHEDULE:  # of PPO, which has one rate
         params = {name: value for name, value in params.items() if name != "critic_learning_rate"}
+    elif not what.algo.startswith("blpo"):
+        return what
     return what._replace(params=params | what.params)
 
 
