@@ -57,7 +57,7 @@ class BLPO(OnPolicyAlgorithm):
 
     Actor-critic as a bilevel problem: the critic (follower) takes ``n_critic_updates`` steps towards its best response before
     each step of the actor (leader), which follows the hypergradient: PPO's clipped policy gradient plus a correction for how
-    the critic would respond, by an inverse-Hessian-vector product that the Nyström method keeps stable.
+    the critic would respond, by an inverse-Hessian-vector product, a Nyström approximation by default.
 
     Paper: https://arxiv.org/abs/2505.11714 (Algorithm 1); Nyström hypergradients: https://arxiv.org/abs/2302.09726
 
@@ -346,7 +346,7 @@ class BLPO(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """
-        Update critic and actor from the current rollout: Algorithm 1 of the paper.
+        Update critic and actor from the current rollout: Algorithm 1 of the paper, but for what README lists beside it.
 
         :raises ValueError: If NaN or infinity shows up in the rollout or in a gradient; both networks and optimizers are then
             as they were at the start of the minibatch that failed

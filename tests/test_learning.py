@@ -1,5 +1,9 @@
 """BLPO learns: SB3's identity environments for every kind of action, and CartPole."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
@@ -50,3 +54,15 @@ def test_cartpole(seed):
         clip_range=LinearSchedule(0.2, 0.0, 1.0), seed=seed,
     ).learn(50_000)  # fmt: skip
     assert evaluate_policy(model, make_vec_env("CartPole-v1", 4, seed=1000 + seed), n_eval_episodes=20)[0] >= 475
+
+
+@pytest.mark.slow
+def test_first_example_of_the_readme(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert example is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example[1], names)
+    assert (tmp_path / "blpo_cartpole.zip").exists()
+    assert evaluate_policy(names["model"], names["model"].get_env(), n_eval_episodes=20)[0] >= 475
