@@ -2,8 +2,9 @@
 PPO with BLPO's schedule, for RL Zoo's `--conf-file`: the entries of hyperparams/blpo.yml without what only BLPO knows.
 
 Where BLPO's defaults are not PPO's, PPO gets BLPO's: the same number of transitions, minibatches and epochs, the actor's rate,
-discounts and clipping. `normalize_advantage` alone stays PPO's own default, True: that is PPO as people run it. On Walker2d and,
-over a million steps, on HalfCheetah it has what its own trials found instead (benchmarks/tuning.md), where BLPO has what BLPO's found.
+discounts and clipping. `normalize_advantage` alone stays PPO's own default, True: that is PPO as people run it. On Walker2d
+and, over a million steps, on HalfCheetah it has what its own trials found instead (benchmarks/tuning.md), where BLPO has what
+BLPO's found.
 """
 
 import inspect
