@@ -258,11 +258,13 @@ def plot_summary(results: Results, path: Path) -> None:
             score = area if tasks[0].env_id in SATURATING else final
             found = estimate(results.relative, iqm, score, name, common)
             bar(scores, found, -i + 0.15 * ((len(shown) - 1) / 2 - j), COLOURS[name])
-    labels = {"tasks that saturate": "area under the curve,\nCartPole, Acrobot, ..."}
-    scores.set_yticks(
-        [-i for i in range(len(parts))],
-        [labels.get(title, f"final return,\n{title}\n(tasks: {len(tasks)})") for title, tasks in parts.items()],
-    )
+    labels = {
+        title: f"area under the curve,\n{', '.join(task.env_id.split('-')[0] for task in tasks)}"
+        if tasks[0].env_id in SATURATING
+        else f"final return,\n{title}\n(tasks: {len(tasks)})"
+        for title, tasks in parts.items()
+    }
+    scores.set_yticks([-i for i in range(len(parts))], list(labels.values()))
     scores.set_ylim(0.5 - max(1, len(parts)), 0.5)
     scores.axvline(1, color="black", linewidth=0.8)
     scores.set_title("Relative to tuned PPO\n(interquartile mean, 95 %)", fontsize=11)
