@@ -81,7 +81,7 @@ def aggregate(results: Results) -> str:
     """
     rows = []
     for (title, all_tasks), name in itertools.product(groups(results.tasks).items(), results.algorithms):
-        tasks = results.have(PPO, RANDOM, tasks=all_tasks)
+        tasks = [task for task in all_tasks if task in results.complete]
         if tasks and results.have(name, tasks=tasks) == tasks:  # over other tasks it is not to be compared
             rows.append([
                 title, f"{len(tasks)} of {len(all_tasks)}", name,
@@ -100,8 +100,8 @@ def aggregate(results: Results) -> str:
         "Relative to tuned PPO: returns as (return - random policy) / (PPO - random policy), final ones from the last 10 % of "
         "training; steps and time until the mean curve first reaches PPO's final return, as parts of PPO's whole training, "
         "median over the tasks. CPU times compare algorithms only as far as they ran on the same machine (returns.md). "
-        f"P(above PPO): {ABOVE}. Algorithms that were not run on all of these tasks are left out. {COVERAGE}\n\n"
-        + markdown(header, rows)
+        f"P(above PPO): {ABOVE}. Tasks on which runs are missing are left out, and so are algorithms that were not run on all "
+        f"the others. {COVERAGE}\n\n" + markdown(header, rows)
     )
 
 
@@ -250,7 +250,7 @@ def plot_summary(results: Results, path: Path) -> None:
 
     figure, (scores, profile, better) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1), layout="constrained")
     shown = results.colored
-    everything = results.have(PPO, RANDOM)
+    everything = results.complete
     parts = {title: tasks for title, tasks in groups(everything).items() if title != "all"}
     for (i, tasks), (j, name) in itertools.product(enumerate(parts.values()), enumerate(shown)):
         if common := results.have(name, tasks=tasks):

@@ -159,6 +159,15 @@ class Results:
             if all(task.env_id in self.random if name == RANDOM else (name, task) in self.runs for name in names)
         ]
 
+    @property
+    def complete(self) -> list[Task]:
+        """Tasks to aggregate over, equal in their runs: those on which none of the algorithms with a colour lacks a seed."""
+        counts = {key: runs.returns.shape[1] for key, runs in self.runs.items()}
+        full = max(counts.values())
+        return [
+            task for task in self.have(PPO, RANDOM) if all(counts.get((name, task), full) == full for name in self.colored)
+        ]
+
     def draw(self, name: str, task: Task, n_draws: int) -> Runs:
         """
         :param name: Algorithm

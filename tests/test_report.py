@@ -235,6 +235,18 @@ def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     assert {file.name for file in tmp_path.glob("*.png")} == figures
 
 
+def test_only_complete_tasks_are_aggregated(results):
+    rows = results.table
+    assert results.complete == [HOPPER, CARTPOLE]
+    variant = rows[(rows.algorithm == returns.BLPO) & (rows.seed == 0)].assign(algorithm="BLPO, variant")
+    assert returns.Results(pd.concat([rows, variant])).complete == [HOPPER, CARTPOLE]
+    for name in (returns.BLPO, returns.PPO):
+        lacking = returns.Results(rows[(rows.algorithm != name) | (rows.env_id != "Hopper-v5") | (rows.seed != 3)])
+        assert lacking.complete == [CARTPOLE]
+        assert "tasks that saturate" in report.aggregate(lacking) and "MuJoCo" not in report.aggregate(lacking)
+        assert f"| {HOPPER} | {name} | 3 |" in report.by_task(lacking)
+
+
 def test_panels_of_the_ablation(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "N_DRAWS", 100)
     panels = []
