@@ -79,9 +79,9 @@ def aggregate(results: Results) -> str:
     :param results: All runs
     :return: Table over groups of tasks
     """
-    rows = []
+    rows, complete = [], results.complete
     for (title, all_tasks), name in itertools.product(groups(results.tasks).items(), results.algorithms):
-        tasks = [task for task in all_tasks if task in results.complete]
+        tasks = [task for task in all_tasks if task in complete]
         if tasks and results.have(name, tasks=tasks) == tasks:  # over other tasks it is not to be compared
             rows.append([
                 title, f"{len(tasks)} of {len(all_tasks)}", name,
@@ -252,19 +252,19 @@ def plot_summary(results: Results, path: Path) -> None:
     shown = results.colored
     everything = results.complete
     parts = {title: tasks for title, tasks in groups(everything).items() if title != "all"}
-    for (i, tasks), (j, name) in itertools.product(enumerate(parts.values()), enumerate(shown)):
-        if common := results.have(name, tasks=tasks):
-            # Where everyone ends at the same return, the way there counts
-            score = area if tasks[0].env_id in SATURATING else final
-            found = estimate(results.relative, iqm, score, name, common)
-            bar(scores, found, -i + 0.15 * ((len(shown) - 1) / 2 - j), COLOURS[name])
-    labels = {
-        title: f"area under the curve,\n{', '.join(task.env_id.split('-')[0] for task in tasks)}"
-        if tasks[0].env_id in SATURATING
-        else f"final return,\n{title}\n(tasks: {len(tasks)})"
-        for title, tasks in parts.items()
-    }
-    scores.set_yticks([-i for i in range(len(parts))], list(labels.values()))
+    labels = []
+    for i, (title, tasks) in enumerate(parts.items()):
+        # Where everyone ends at the same return, the way there counts
+        if tasks[0].env_id in SATURATING:
+            score, label = area, f"area under the curve,\n{', '.join(task.env_id.split('-')[0] for task in tasks)}"
+        else:
+            score, label = final, f"final return,\n{title}\n(tasks: {len(tasks)})"
+        labels.append(label)
+        for j, name in enumerate(shown):
+            if common := results.have(name, tasks=tasks):
+                found = estimate(results.relative, iqm, score, name, common)
+                bar(scores, found, -i + 0.15 * ((len(shown) - 1) / 2 - j), COLOURS[name])
+    scores.set_yticks([-i for i in range(len(parts))], labels)
     scores.set_ylim(0.5 - max(1, len(parts)), 0.5)
     scores.axvline(1, color="black", linewidth=0.8)
     scores.set_title("Relative to tuned PPO\n(interquartile mean, 95 %)", fontsize=11)

@@ -120,8 +120,9 @@ def test_hyperparams_make_a_model(env_id, exp_manager, tmp_path, monkeypatch):
     assert (model.n_envs, model.n_steps) == (entry["n_envs"], entry["n_steps"])
     # Segments of equal length
     assert model.n_steps % min(model.batch_size, model.n_steps) == 0
-    # The follower is the faster one: it takes several steps to one of the actor
-    assert model.n_critic_updates * model.critic_lr_schedule(1) > model.lr_schedule(1)
+    # The follower is the faster one; on Ant by its number of steps alone
+    critic_rate, rate = model.critic_lr_schedule(1), model.lr_schedule(1)
+    assert critic_rate == rate and model.n_critic_updates > 1 if env_id.startswith("Ant-") else critic_rate > rate
     model.env.close()
 
 
