@@ -44,12 +44,12 @@ mutation: $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt mutmut
 	$(BIN)/python tests/mutation.py
 
-# Returns beside PPO's, 5 seeds of 6 tasks. About 3 core-hours; a killed run goes on where it was
+# Returns beside PPO's, 5 seeds of 6 tasks. 4 to 10 core-hours; a killed run goes on where it was
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage stage1
 	$(BIN)/python benchmarks/report.py
 
-# The same on five other seeds, which no decision has seen, and all ten together. About 3 core-hours
+# The same on five other seeds, which no decision has seen, and all ten together. 4 to 10 core-hours
 replication: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage replication
 	$(BIN)/python benchmarks/report.py benchmarks/results/replication/returns.csv
