@@ -22,13 +22,15 @@ from torch.nn import functional as F
 from sb3_blpo.chain import Chain
 from sb3_blpo.checks import not_finite
 from sb3_blpo.distributions import Bernoulli, Categorical, DiagGaussian, MultiCategorical, WrittenOut
-from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian, FunctionalJacobian, Jacobian, VectorwiseJacobian, flat_gradient
+from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian, FunctionalJacobian, Jacobian, flat_gradient
 from sb3_blpo.layers import ChainJacobian, LayerJacobian
 from sb3_blpo.optimizers import are_same
 from sb3_blpo.policies import (
     acts_as_trained,
     chain_of,
     flat_features,
+    found_layers,
+    has_own_methods,
     is_hooked,
     is_mlp,
     is_sb3,
@@ -51,9 +53,10 @@ class Critic(nn.Module):
 
     :param policy: The policy
     :param parameters: The critic's trainable parameters
+    :param curvature: "gauss_newton" or "hessian", what its Jacobians are for
     """
 
-    def __init__(self, policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> None:
+    def __init__(self, policy: ActorCriticPolicy, parameters: Sequence[th.Tensor], curvature: str = "gauss_newton") -> None:
         super().__init__()
         self.policy = policy
         names = {id(parameter): f"policy.{name}" for name, parameter in policy.named_parameters()}
@@ -62,8 +65,11 @@ class Critic(nn.Module):
         self.chain: Chain | None = None
         if self.layers is not None:
             self.chain = chain_of(policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net)
-        #: What its Jacobian may be, where it is not made of plain layers: the first one that serves is kept
-        self.jacobians: list[Callable[..., VectorwiseJacobian]] = [FunctionalJacobian, AutogradJacobian, FormedJacobian]
+        #: What its Jacobian may be, where not all of it is known: the first one that serves is kept
+        self.jacobians: list[Callable[..., Jacobian]] = [FunctionalJacobian, AutogradJacobian, FormedJacobian]
+        self.found_layers = found_layers(policy, parameters)
+        if self.found_layers is not None and curvature == "gauss_newton":  # whose first derivatives are all that is checked
+            self.jacobians.insert(0, LayerJacobian)
         #: Whether this was seen, once for every ``train()``
         self.jacobian_is_right = False
         #: Of actor and critic, what normalisation layers keep; a mask of -inf is none of it
@@ -135,14 +141,18 @@ class Critic(nn.Module):
             return th.func.functional_call(self, parameters, (observations,))
 
         while True:
+            kind = self.jacobians[0]
+            arguments = (
+                (self, observations, self.found_layers) if kind is LayerJacobian else (values, self.trainable, generator)
+            )
             try:
-                jacobian = self.jacobians[0](values, self.trainable, generator)
+                jacobian = kind(*arguments)
                 self.jacobian_is_right = self.jacobian_is_right or jacobian.is_consistent()
                 if self.jacobian_is_right:
                     return jacobian
             except th.OutOfMemoryError:
                 raise
-            except RuntimeError:  # torch.func has its limits, and some operations have no second derivative
+            except RuntimeError:  # layers may be called twice, torch.func has its limits, some operations no second derivative
                 if len(self.jacobians) == 1:
                     raise
             del self.jacobians[0]
@@ -210,7 +220,7 @@ class Actor:
     def _find_chain(self) -> Chain | None:
         policy, distribution = self.policy, self.policy.action_dist
         sb3 = is_sb3(policy, "_get_action_dist_from_latent") and is_mlp(policy.mlp_extractor, "forward_actor")
-        if not sb3 or type(distribution) not in WRITTEN_OUT:
+        if not sb3 or type(distribution) not in WRITTEN_OUT or has_own_methods(distribution):
             return None
         chain = chain_of(policy.pi_features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
         if chain is None:
@@ -238,9 +248,11 @@ class Actor:
         else:
             distribution = self.policy.get_distribution(observations)
         try:
-            actions = distribution.mode() if deterministic else distribution.sample()
+            actions = distribution.get_actions(deterministic)
             log_prob = distribution.log_prob(actions)
-        except RuntimeError as error:  # of multinomial()
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):  # what multinomial() says
+                raise
             raise not_finite("probabilities of actions") from error
         if not log_prob.isfinite().all():
             raise not_finite("log_probs")

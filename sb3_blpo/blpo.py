@@ -51,6 +51,13 @@ class CriticUpdate(NamedTuple):
     norm: th.Tensor
 
 
+def torch_generator_states() -> dict[str, Any]:
+    """
+    :return: The states of torch's global generators, by device type
+    """
+    return {"torch": th.get_rng_state()} | ({"cuda": th.cuda.get_rng_state_all()} if th.cuda.is_initialized() else {})
+
+
 class BLPO(OnPolicyAlgorithm):
     """
     Bilevel Policy Optimization with Nyström Hypergradients (BLPO).
@@ -81,7 +88,8 @@ class BLPO(OnPolicyAlgorithm):
     :param ent_coef: Entropy coefficient for the actor's objective, >= 0
     :param max_grad_norm: The maximum norm of the actor's gradient, > 0. The critic's is not clipped
     :param ihvp_solver: How the critic's linear system is solved: "nystrom" (low-rank approximation), "cg" (conjugate
-        gradients), "nystrom_cg" (preconditioned by Nyström), "exact" (dense) or "none" (no correction: nested actor-critic)
+        gradients), "nystrom_cg" (preconditioned by Nyström), "exact" (dense) or "none" (no correction: nested actor-critic).
+        Like ``ihvp_kwargs`` settled when the model is made or loaded: ``BLPO.load(path, env, ihvp_solver="none")``
     :param ihvp_kwargs: Settings of the solver: ``damping`` (> 0, in units of the trace of the Gauss-Newton matrix, 0.01),
         ``rank`` (>= 1, 20) and ``sketch`` ("values", "gaussian" or, as in the paper, "columns") of Nyström, ``max_iter``
         (>= 1, 50) and ``tol`` (>= 0, relative, 1e-5) of CG. A solver ignores those that do not concern it
@@ -198,6 +206,8 @@ class BLPO(OnPolicyAlgorithm):
         # Source of everything that the solvers draw, saved with the model
         self.sketch_generator: th.Generator | None = None
         self._truncations: list[Truncation] = []
+        #: States of torch's generators before a rollout's first noise (gSDE) was drawn, for `ResumableCheckpoint`
+        self._before_noise: dict[str, Any] = {}
         #: Observation after the rollout, and whether its last steps ended their episodes
         self._rollout_end: tuple[Any, np.ndarray] | None = None
 
@@ -211,7 +221,6 @@ class BLPO(OnPolicyAlgorithm):
                 setattr(self, name, float(getattr(self, name)))  # SB3's schedules refuse numpy's numbers
         super()._setup_model()
         self.clip_range = FloatSchedule(self.clip_range)
-        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
         self._look_at_policy()
         settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
         self.damping = settings.pop("damping")
@@ -219,6 +228,10 @@ class BLPO(OnPolicyAlgorithm):
         self._check_sizes()
         if self.sketch_generator is None:
             self.sketch_generator = th.Generator().manual_seed(int(th.randint(2**62, ())))
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
 
     def _look_at_policy(self) -> None:
         """
@@ -241,7 +254,7 @@ class BLPO(OnPolicyAlgorithm):
         if self._known_looks != looks:
             leave_to(self.critic_optimizer, self.policy.optimizer)
             self.actor = Actor(self.policy, parameters_of(self.policy.optimizer))
-            self.critic = Critic(self.policy, parameters_of(self.critic_optimizer))
+            self.critic = Critic(self.policy, parameters_of(self.critic_optimizer), self.curvature)
             self._known_looks = looks
 
     def _check_sizes(self) -> None:
@@ -286,7 +299,8 @@ class BLPO(OnPolicyAlgorithm):
         :return: True if function returned with at least `n_rollout_steps` collected, False if callback terminated rollout
         :raises ValueError: If an observation holds NaN
         """
-        self._truncations, self._rollout_end = [], None
+        self._rollout_end = None
+        self._before_noise = torch_generator_states() if self.use_sde else {}
         self._look_at_policy()
         try:
             with self._stand_ins(rollout_buffer):
@@ -328,14 +342,19 @@ class BLPO(OnPolicyAlgorithm):
             part = each(lambda obs: th.as_tensor(obs[steps], device=self.device).flatten(0, 1), observations)
             return self.critic.values(part).view(-1, n_envs)
 
-        n_steps, n_envs = (next(iter(observations.values())) if isinstance(observations, dict) else observations).shape[:2]
-        at_a_time = max(1, 1024 // n_envs)  # images are large
+        parts = list(observations.values()) if isinstance(observations, dict) else [observations]
+        n_steps, n_envs = parts[0].shape[:2]
+        # Many at once are faster; what images take is bounded by `batch_size`, as in training
+        is_large = sum(part[0, 0].size for part in parts) > 1024
+        at_a_time = max(1, (min(self.batch_size, 1024) if is_large else 1024) // n_envs)
         return th.cat([values(slice(start, start + at_a_time)) for start in range(0, n_steps, at_a_time)])
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
         if dones is None:
             return
+        if self.rollout_buffer.pos == 0:  # here, for a subclass may have a `collect_rollouts` of its own
+            self._truncations = []
         # Called by SB3 between the environment's step and the buffer's: the condition is that of SB3's own bootstrap
         for env in np.flatnonzero(dones).tolist():
             terminal = infos[env].get("terminal_observation")
@@ -637,5 +656,5 @@ class BLPO(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "solver", "_known_policy", "_known_parameters", "_known_looks"]
-        of_rollout = ["_truncations", "_rollout_end"]
+        of_rollout = ["_truncations", "_before_noise", "_rollout_end"]
         return [*super()._excluded_save_params(), *own, *of_rollout]

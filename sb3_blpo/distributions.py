@@ -29,6 +29,13 @@ class WrittenOut(ABC):
         :return: The most likely actions (n,) or (n, n_actions)
         """
 
+    def get_actions(self, deterministic: bool = False) -> th.Tensor:
+        """
+        :param deterministic: Whether to take the most likely actions
+        :return: Actions (n,) or (n, n_actions)
+        """
+        return self.mode() if deterministic else self.sample()
+
     @abstractmethod
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """

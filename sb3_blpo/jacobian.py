@@ -80,6 +80,12 @@ class Jacobian(ABC):
         :return: (sum_j w_j Hessian of V(s_j)) v (n_params,)
         """
 
+    def is_consistent(self) -> bool:
+        """
+        :return: Whether the products are right, as far as this is not known beforehand and can be seen
+        """
+        return True
+
 
 class VectorwiseJacobian(Jacobian):
     """
@@ -126,19 +132,17 @@ class VectorwiseJacobian(Jacobian):
         return J_transposed.T @ J_transposed
 
     def is_consistent(self) -> bool:
-        """
-        :return: Whether both products belong to one matrix, <w, J v> = <J^T w, v>, as far as they are numbers. They do not
-            where the critic's pass back holds something that torch takes for constant
-        """
+        # Both belong to one matrix, <w, J v> = <J^T w, v>, unless the critic's pass back holds something that torch takes for
+        # constant
         generator = th.Generator("cpu").manual_seed(0)
         n_each = [parameter.numel() for parameter in self.parameters.values()]
         for _ in range(self.n_probes):
             sizes = (len(self.values), self.n_params)
             w, v = (th.randn(n, generator=generator, device="cpu").to(self.values) for n in sizes)
             Jt_w = self.Jt_w(w)
-            # Every parameter counts alike, however small its gradient
+            # Every parameter counts alike, however small its gradient, unless that is rounding
             norms = th.cat([th.linalg.vector_norm(part).expand(len(part)) for part in Jt_w.split(n_each)])
-            v = th.where(norms > 0, v / norms, 0)
+            v = th.where(norms > 1e-6 * norms.max(), v / norms, 0)
             # Far above the rounding of bfloat16
             if (w @ self.J_v(v) - Jt_w @ v).abs() > 0.1 * len(n_each) ** 0.5:
                 return False

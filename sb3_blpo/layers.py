@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from sb3_blpo.chain import Chain
-from sb3_blpo.jacobian import Jacobian, hessian_v
+from sb3_blpo.jacobian import Jacobian, flat_gradient, hessian_v
 
 
 class LayerRows(ABC):
@@ -178,6 +178,8 @@ class LayerJacobian(Jacobian):
     """
 
     cheap_gram = True
+    #: Of critics that may have other Jacobians: what the rows of Conv2d layers may take
+    max_conv_bytes = 2**28
 
     def __init__(self, critic: nn.Module, observations: Any, layers: Sequence[nn.Linear | nn.Conv2d] | None = None) -> None:
         self.critic = critic
@@ -190,10 +192,10 @@ class LayerJacobian(Jacobian):
 
     def _forward(self) -> th.Tensor:
         """Return the values, and keep each layer's inputs and outputs."""
-        seen: dict[nn.Module, tuple[th.Tensor, th.Tensor]] = {}
+        seen: dict[nn.Module, list[tuple[th.Tensor, th.Tensor]]] = {layer: [] for layer in self.layers}
 
         def keep(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
-            seen[layer] = inputs[0].detach(), output
+            seen[layer].append((inputs[0].detach(), output))
 
         # Before hooks of the user's, which may change the output
         hooks = [layer.register_forward_hook(keep, prepend=True) for layer in self.layers]
@@ -203,8 +205,12 @@ class LayerJacobian(Jacobian):
         finally:
             for hook in hooks:
                 hook.remove()
-        self._inputs = [seen[layer][0] for layer in self.layers]
-        self._outputs = [seen[layer][1] for layer in self.layers]
+        for layer, calls in seen.items():
+            ndim = 2 if isinstance(layer, nn.Linear) else 4
+            if [(h.ndim, len(h)) for h, _ in calls] != [(ndim, len(values))]:
+                raise RuntimeError(f"{layer} is not called once, with one row for each value.")
+        self._inputs = [calls[0][0] for calls in seen.values()]
+        self._outputs = [calls[0][1] for calls in seen.values()]
         self._total = values.sum()
         return values.detach()
 
@@ -248,10 +254,30 @@ class LayerJacobian(Jacobian):
     def squared_norm(self, n: int) -> th.Tensor:
         return functools.reduce(th.Tensor.add_, [part.squared_norm(n) for part in self.parts])
 
-    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
+    def _function(self) -> tuple[Callable[[dict[str, th.Tensor]], th.Tensor], dict[str, th.Tensor]]:
+        """The values as a function of the parameters by name, and these."""
         own = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         parameters = {name: p.detach() for name, p in self.critic.named_parameters() if id(p) in own}
-        return hessian_v(lambda p: functional_call(self.critic, p, (self.observations,)).flatten(), parameters, w, v)
+        return lambda p: functional_call(self.critic, p, (self.observations,)).flatten(), parameters
+
+    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
+        return hessian_v(*self._function(), w, v)
+
+    def is_consistent(self) -> bool:
+        n_conv = sum(size for layer, size in zip(self.layers, self.sizes, strict=True) if isinstance(layer, nn.Conv2d))
+        if len(self.values) * n_conv * self.values.element_size() > self.max_conv_bytes:
+            return False
+        # A product is what automatic differentiation gives, unless values depend on one another's observations, or on a
+        # layer's weights or output in other ways than by its call (activations in place)
+        critic, parameters = self._function()
+        parameters = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
+        w = th.randn(len(self.values), generator=th.Generator("cpu").manual_seed(0), device="cpu").to(self.values)
+        with th.enable_grad():
+            exact = flat_gradient([critic(parameters)], list(parameters.values()), [w])
+        n_each = [parameter.numel() for parameter in parameters.values()]
+        norms = [th.stack([th.linalg.vector_norm(part) for part in x.split(n_each)]) for x in (self.Jt_w(w) - exact, exact)]
+        # Far above rounding. Every parameter counts alike, however small its gradient
+        return not (norms[0] > 0.01 * norms[1] + 1e-6 * norms[1].max()).any()
 
 
 class ChainJacobian(LayerJacobian):

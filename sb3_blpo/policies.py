@@ -2,6 +2,7 @@
 An SB3 policy, looked at: whose its parameters are, which of its parts are SB3's own, and what users changed of it.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
@@ -52,13 +53,14 @@ def unshare_features_extractor(policy: ActorCriticPolicy) -> None:
     if policy.share_features_extractor:
         if not any(True for _ in policy.features_extractor.parameters()):
             return
-        try:
-            policy.vf_features_extractor = copy.deepcopy(policy.features_extractor)
-        except (RuntimeError, TypeError) as error:  # old-style weight_norm, locks and others
-            raise ValueError(
-                f"The critic gets a copy of the features extractor, but {type(policy.features_extractor).__name__} cannot be "
-                f"copied ({error}); use `policy_kwargs`={{'share_features_extractor': False}}."
-            ) from error
+        if policy.vf_features_extractor is policy.features_extractor:  # a policy may have given the critic its own
+            try:
+                policy.vf_features_extractor = copy.deepcopy(policy.features_extractor)
+            except (RuntimeError, TypeError) as error:  # old-style weight_norm, locks and others
+                raise ValueError(
+                    f"The critic gets a copy of the features extractor, but {type(policy.features_extractor).__name__} cannot "
+                    f"be copied ({error}); use `policy_kwargs`={{'share_features_extractor': False}}."
+                ) from error
         policy.share_features_extractor = False
     # SB3's list of constructor arguments lacks this one, and `policy.save()` and `load()` would silently merge the extractors
     policy._get_constructor_parameters = functools.partial(_constructor_parameters, policy)  # type: ignore[method-assign]
@@ -88,18 +90,24 @@ def split_parameters(
             raise ValueError(
                 f"BLPO trains parameters of torch.float32, but `{name}` of {type(policy).__name__} is {parameter.dtype}."
             )
+    example = _examples(observation_space, 1, "random")
     training = policy.training
     policy.set_training_mode(False)
     try:
         for parameter in named.values():
             parameter.requires_grad_(True)
         try:
-            by_actor, by_critic = _dependences(policy, named, observation_space)
+            by_actor, by_critic = _dependences(policy, named, example)
         except RuntimeError:  # what is always frozen may be used in ways that allow no gradient
             for name, parameter in named.items():
                 parameter.requires_grad_(name in trainable)
             named = {name: named[name] for name in named if name in trainable}
-            by_actor, by_critic = _dependences(policy, named, observation_space)
+            by_actor, by_critic = _dependences(policy, named, example)
+        if not trainable <= by_actor | by_critic:
+            # A network may have branches, and may not take whatever its space allows
+            with contextlib.suppress(Exception):
+                others = _dependences(policy, named, _examples(observation_space, 16, "standard_normal"))
+                by_actor, by_critic = by_actor | others[0], by_critic | others[1]
     finally:
         for name, parameter in named.items():
             parameter.requires_grad_(name in trainable)
@@ -118,11 +126,9 @@ def split_parameters(
 
 
 @th.enable_grad()
-def _dependences(
-    policy: ActorCriticPolicy, named: dict[str, nn.Parameter], observation_space: spaces.Space
-) -> tuple[set[str], set[str]]:
+def _dependences(policy: ActorCriticPolicy, named: dict[str, nn.Parameter], observations: Any) -> tuple[set[str], set[str]]:
     """Names of the parameters that the action distribution and the value depend on."""
-    observation = policy.obs_to_tensor(_example(observation_space))[0]
+    observation = policy.obs_to_tensor(observations)[0]
     with th.no_grad():
         actions = policy.get_distribution(observation).get_actions(deterministic=True)
     outputs = [log_prob_and_entropy(policy, observation, actions)[0].sum(), policy.predict_values(observation).sum()]
@@ -133,14 +139,16 @@ def _dependences(
     return by_actor, by_critic
 
 
-def _example(space: spaces.Space) -> Any:
-    """An observation of moderate size: what an unbounded space draws may overflow in the networks."""
+def _examples(space: spaces.Space, n: int, draw: str) -> Any:
+    """Observations of moderate size: what an unbounded space draws may overflow in the networks."""
     if isinstance(space, spaces.Dict):
-        return {key: _example(part) for key, part in space.spaces.items()}
+        return {key: _examples(part, n, draw) for key, part in space.spaces.items()}
     if isinstance(space, spaces.Box):
-        return np.clip(np.random.default_rng(0).random(space.shape), space.low, space.high).astype(space.dtype)
+        numbers = getattr(np.random.default_rng(0), draw)((n, *space.shape))
+        return np.clip(numbers, space.low, space.high).astype(space.dtype)
     # A copy: sampling must not disturb an environment that draws from its own space
-    return copy.deepcopy(space).sample()
+    space = copy.deepcopy(space)
+    return np.stack([space.sample() for _ in range(n)])
 
 
 def log_prob_and_entropy(
@@ -164,12 +172,13 @@ def appearance(policy: ActorCriticPolicy) -> list[Any]:
 
     :param policy: The policy
     :return: Of each parameter whether it is trained and whether it has hooks; each module, and whether it has; of each method
-        whether the policy has its own; its distribution
+        whether the policy has its own; its distribution, and whether that has
     """
     of_parameters = [flag for p in policy.parameters() for flag in (p.requires_grad, bool(p._backward_hooks))]
     of_modules = [part for module in policy.modules() for part in (module, is_hooked(module))]
     own = [has_own(owner, name) for owner in (policy, getattr(policy, "mlp_extractor", policy)) for name in METHODS]
-    return [*of_parameters, *of_modules, *own, getattr(policy, "action_dist", None)]
+    distribution = getattr(policy, "action_dist", None)
+    return [*of_parameters, *of_modules, *own, distribution, has_own_methods(distribution)]
 
 
 def plain_layers(policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> list[nn.Linear | nn.Conv2d] | None:
@@ -185,11 +194,27 @@ def plain_layers(policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> 
         return None
     parts = [policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net]
     modules = [module for part in parts for _, module in part.named_modules(remove_duplicate=False)]
-    if not all(map(_is_plain, modules)):
-        return None
     layers = [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d)]
-    # Same parameters in the same order: nothing frozen, nothing beside the layers, no layer used twice
-    return layers if are_same([parameter for layer in layers for parameter in layer.parameters()], parameters) else None
+    return layers if all(map(_is_plain, modules)) and _have(layers, parameters) else None
+
+
+def found_layers(policy: ActorCriticPolicy, parameters: Sequence[th.Tensor]) -> list[nn.Linear | nn.Conv2d] | None:
+    """
+    See whether all of the critic's parameters are those of Linear and Conv2d layers, whatever it does with these.
+
+    :param policy: The policy
+    :param parameters: The critic's trainable parameters
+    :return: The layers in the order of the parameters; ``None`` if they are not
+    """
+    own = {id(parameter) for parameter in parameters}
+    modules = [module for module in policy.modules() if any(id(p) in own for p in module.parameters(recurse=False))]
+    layers = [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d) and _is_plain(module)]
+    return layers if _have(layers, parameters) else None
+
+
+def _have(layers: Sequence[nn.Module], parameters: Sequence[th.Tensor]) -> bool:
+    """Whether layers have these parameters in this order: nothing frozen, nothing beside the layers, no layer twice."""
+    return are_same([parameter for layer in layers for parameter in layer.parameters()], parameters)
 
 
 def chain_of(extractor: nn.Module, *networks: nn.Module) -> Chain | None:
@@ -298,6 +323,14 @@ def has_own(owner: Any, name: str) -> bool:
     if own is None or isinstance(own, StandIn):
         return False
     return getattr(own, "__func__", None) is not getattr(type(owner), name, None)
+
+
+def has_own_methods(owner: Any) -> bool:
+    """
+    :param owner: An object, no module
+    :return: Whether it has methods that its class has not
+    """
+    return any(map(callable, getattr(owner, "__dict__", {}).values()))
 
 
 def acts_as_trained(policy: ActorCriticPolicy) -> bool:

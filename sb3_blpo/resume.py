@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from sb3_blpo.archive import atomic_file
-from sb3_blpo.blpo import BLPO
+from sb3_blpo.blpo import BLPO, torch_generator_states
 from sb3_blpo.checks import POSITIVE, check
 
 #: What a checkpoint has more than a saved model
@@ -69,20 +69,21 @@ class ResumableCheckpoint(BaseCallback):
     def _on_rollout_start(self) -> None:
         self.sees_rollouts = True
         if self.model.num_timesteps - self.latest >= self.save_freq:
-            self._save()
-            if self.model.use_sde:
-                # SB3 drew this rollout's noise before; drawn again it follows from the saved states, as after resuming
-                self.model.policy.reset_noise(self.training_env.num_envs)
+            # Where SB3 has drawn this rollout's noise, it will do so after resuming, too
+            self._save(_generator_states() | self.model._before_noise)
 
     def _on_training_end(self) -> None:
         # A callback that ends the training does so within a rollout
         if self.model.num_timesteps > self.latest and self.model.rollout_buffer.full:
-            self._save()
+            self._save(_generator_states())
 
-    def _save(self) -> None:
+    def _save(self, generators: dict[str, Any]) -> None:
         assert isinstance(self.model, BLPO)
-        seed = int(th.randint(2**31, ())) if self.reset_env else None
-        state: dict[str, Any] = {"class": type(self.model).__name__, "generators": _generator_states(), "seed": seed}
+        seed = None
+        if self.reset_env:
+            generator = th.Generator().set_state(generators["torch"])  # a copy: training goes on with what it would draw
+            seed = int(th.randint(2**31, (), generator=generator))
+        state: dict[str, Any] = {"class": type(self.model).__name__, "generators": generators, "seed": seed}
         normalize = self.model.get_vec_normalize_env()
         if seed is None:
             state["env"] = _pickled(self.training_env)
@@ -144,8 +145,7 @@ def _restart(model: BLPO, seed: int) -> None:
 
 
 def _generator_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": th.get_rng_state()}  # noqa: NPY002
-    return states | ({"cuda": th.cuda.get_rng_state_all()} if th.cuda.is_initialized() else {})
+    return {"python": random.getstate(), "numpy": np.random.get_state()} | torch_generator_states()  # noqa: NPY002
 
 
 def _set_generator_states(states: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Acting and differentiating the actor by hand: the same as SB3 does, faster."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -99,4 +100,12 @@ def test_values_are_there_when_the_rollout_ends_and_nothing_is_left_behind() -> 
     assert len(callback.values) == 2 and all(np.isfinite(values).all() for values in callback.values)
     assert "forward" not in vars(model.policy)
     assert "compute_returns_and_advantage" not in vars(model.rollout_buffer)
-    assert th.distributions.Distribution._validate_args
+
+
+@pytest.mark.parametrize(("space", "rows"), [(OBSERVATION_SPACES["Box"], 64), (OBSERVATION_SPACES["image"], 8)])
+def test_values_of_images_take_no_more_memory_than_a_minibatch(space: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("CnnPolicy" if space == OBSERVATION_SPACES["image"] else "MlpPolicy", SpaceEnv(space), n_steps=64)
+    values = Mock(wraps=model.critic.values)
+    monkeypatch.setattr(model.critic, "values", values)
+    collect_rollout(model)
+    assert [len(call.args[0]) for call in values.call_args_list] == [rows] * (64 // rows)

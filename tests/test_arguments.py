@@ -125,6 +125,16 @@ def test_wrong_value_of_a_schedule(name: str, value: Any) -> None:
     assert f"is {value!r} at progress_remaining=1.0" in message
 
 
+def test_rates_set_later() -> None:
+    """By the way that SB3's `_setup_lr_schedule` offers."""
+    model = small()
+    model.learning_rate, model.critic_learning_rate = 1e-5, 2e-5
+    model._setup_lr_schedule()
+    model.learn(16)
+    optimizers = (model.policy.optimizer, model.critic_optimizer)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [1e-5, 2e-5]
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "critic_learning_rate", "clip_range"])
 @pytest.mark.parametrize("value", [-0.1, NAN])
 def test_schedule_that_goes_wrong_during_training(name: str, value: float) -> None:

@@ -12,9 +12,27 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sb3_blpo.jacobian
-from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian, FunctionalJacobian
+from sb3_blpo import BLPO
+from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian, FunctionalJacobian, Jacobian
+from sb3_blpo.layers import LayerJacobian
 
 SOLVERS = ["nystrom", "cg", "exact", "none"]
+
+
+class Scale(nn.Module):
+    """Has parameters that belong to no layer, so that what follows is not served by layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(th.ones(8))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.scale * x
+
+
+def followed_by(*modules: nn.Module, scale: bool = True) -> type[Any]:
+    """SB3's policy, with these behind the critic's hidden layers."""
+    return built_with(lambda policy: policy.mlp_extractor.value_net.extend([*([Scale()] if scale else []), *modules]))
 
 
 class Twice(th.autograd.Function):
@@ -54,10 +72,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
 @pytest.mark.parametrize("module", [OldStyle, Counted, Checkpointed])
 def test_critics_that_torch_func_cannot_transform(module: Any, curvature: str) -> None:
-    def change(policy: Any) -> None:
-        policy.mlp_extractor.value_net.append(module())
-
-    model = small(built_with(change), curvature=curvature)
+    model = small(followed_by(module()), curvature=curvature)
     assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
     assert type(model.critic.jacobian(th.zeros(2, 3), th.Generator())) is AutogradJacobian
     assert logged(model)["correction_skipped"] == 0
@@ -117,12 +132,23 @@ class Distances(nn.Module):
 @pytest.mark.parametrize("module", [lambda: ByFunction(Once), lambda: ByFunction(OutsideTorch), Distances])
 def test_critics_whose_gradient_torch_cannot_differentiate(module: Any, solver: str) -> None:
     """Products with their Jacobian would be wrong without a word, or an error of torch's."""
-    model = small(built_with(lambda policy: policy.mlp_extractor.value_net.append(module())), ihvp_solver=solver)
+    model = small(followed_by(module()), ihvp_solver=solver)
     assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
     assert logged(model).get("correction_skipped", 0) == 0
+    check_products(model, FormedJacobian)
+
+
+@pytest.mark.parametrize("module", [OldStyle, Counted, lambda: ByFunction(Once), lambda: ByFunction(OutsideTorch), Distances])
+def test_critics_that_are_layers_otherwise(module: Any) -> None:
+    """Their inputs and signals are all that it takes."""
+    check_products(small(followed_by(module(), scale=False)).learn(32), LayerJacobian)
+
+
+def check_products(model: BLPO, kind: type[Jacobian]) -> None:
+    """The critic's Jacobian is of this kind, and right."""
     observations = th.randn(5, 3)
     jacobian = model.critic.jacobian(observations, th.Generator())
-    assert isinstance(jacobian, FormedJacobian)
+    assert type(jacobian) is kind
     parameters = list(model.critic.trainable.values())
     gradients = (th.autograd.grad(value, parameters, retain_graph=True) for value in model.critic(observations))
     J = th.stack([th.cat([part.flatten() for part in row]) for row in gradients])
@@ -135,7 +161,7 @@ def test_such_a_critic_behind_a_small_head() -> None:
     """Whose parameters' gradients are small beside the head's own."""
 
     def change(policy: Any) -> None:
-        policy.mlp_extractor.value_net.append(ByFunction(OutsideTorch))
+        policy.mlp_extractor.value_net.extend([Scale(), ByFunction(OutsideTorch)])
         nn.init.zeros_(policy.value_net.weight)
 
     model = small(built_with(change)).learn(32)
@@ -162,7 +188,7 @@ def test_critics_in_half_precision() -> None:
 
 
 def test_what_takes_more_than_such_critics_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = built_with(lambda policy: policy.mlp_extractor.value_net.append(Distances()))
+    policy = followed_by(Distances())
     with pytest.raises(ValueError, match="use `curvature`='gauss_newton'"):
         small(policy, curvature="hessian").learn(16)
     monkeypatch.setattr(sb3_blpo.jacobian, "MAX_JACOBIAN_BYTES", 1000)
@@ -174,10 +200,11 @@ def test_what_takes_more_than_such_critics_have(monkeypatch: pytest.MonkeyPatch)
 
 def test_hooks_of_parameters_do_not_see_the_jacobian() -> None:
     calls: list[str] = []
-    model = small(built_with(lambda policy: policy.mlp_extractor.value_net.append(OldStyle())))
-    model.policy.value_net.weight.register_hook(lambda gradient: calls.append("critic"))
-    model.learn(16)
-    assert len(calls) == 6  # two minibatches, three updates each
+    for scale in (True, False):
+        model = small(followed_by(OldStyle(), scale=scale))
+        model.policy.value_net.weight.register_hook(lambda gradient: calls.append("critic"))
+        model.learn(16)
+    assert len(calls) == 12  # two minibatches, three updates each
 
 
 def test_dropout_in_a_checkpoint() -> None:

@@ -9,7 +9,7 @@ import torch as th
 from brute_force import as_flat_function
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
@@ -233,6 +233,44 @@ class OwnValues(ActorCriticPolicy):
         return super().predict_values(obs) ** 2
 
 
+class Contrast(ActorCriticPolicy):
+    """Each value depends on all observations."""
+
+    def predict_values(self, obs):
+        values = super().predict_values(obs)
+        return values - values.mean()
+
+
+class Twice(ActorCriticPolicy):
+    """A layer is called twice."""
+
+    def predict_values(self, obs):
+        return super().predict_values(obs) + super().predict_values(-obs)
+
+
+class Regularised(ActorCriticPolicy):
+    """Weights are used without their layer."""
+
+    def predict_values(self, obs):
+        return super().predict_values(obs) + self.value_net.weight.square().sum()
+
+
+class Encoder(BaseFeaturesExtractor):
+    """A features extractor of the user's, as SB3's documentation makes them."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 8)
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 8)
+
+    def forward(self, observations):
+        hidden = self.first(observations).tanh()
+        return hidden + self.second(hidden).tanh()
+
+
+class OwnCNN(NatureCNN):
+    """Not SB3's, for all that one can know."""
+
+
 class GroupedConvolution(BaseFeaturesExtractor):
     """A features extractor of the user's."""
 
@@ -268,35 +306,39 @@ class LayerNormPolicy(ActorCriticPolicy):
 
 
 @pytest.mark.parametrize(
-    ("policy_class", "observation_space", "policy_kwargs", "layers"),
+    ("policy_class", "observation_space", "policy_kwargs", "kind"),
     [
-        (ActorCriticPolicy, BOX, {}, True),
-        (ActorCriticPolicy, BOX, {"net_arch": []}, True),
-        (ActorCriticPolicy, BOX, {"net_arch": [256, 256], "activation_fn": nn.ReLU}, True),
-        (ActorCriticPolicy, BOX, {"activation_fn": nn.SiLU}, True),
-        (ActorCriticPolicy, spaces.Discrete(5), {}, True),
-        (ActorCriticPolicy, spaces.MultiBinary(5), {}, True),
-        (MultiInputActorCriticPolicy, DICT, {}, True),
-        (ActorCriticPolicy, BOX, {"activation_fn": nn.PReLU}, False),
-        (ActorCriticPolicy, BOX, {"activation_fn": lambda: nn.ReLU(inplace=True)}, False),
-        (ActorCriticPolicy, BOX, {"activation_fn": nn.Dropout}, False),
-        (ActorCriticCnnPolicy, IMAGE, {}, True),
-        (ActorCriticCnnPolicy, IMAGE, {"net_arch": [8], "normalize_images": False}, True),
-        (MultiInputActorCriticPolicy, spaces.Dict({"image": IMAGE, "vector": BOX}), {}, True),
-        (ActorCriticPolicy, BOX, {"features_extractor_class": GroupedConvolution}, False),
-        (OwnValues, BOX, {}, False),
-        (LayerNormPolicy, BOX, {}, False),
+        (ActorCriticPolicy, BOX, {}, ChainJacobian),
+        (ActorCriticPolicy, BOX, {"net_arch": []}, ChainJacobian),
+        (ActorCriticPolicy, BOX, {"net_arch": [256, 256], "activation_fn": nn.ReLU}, ChainJacobian),
+        (ActorCriticPolicy, BOX, {"activation_fn": nn.SiLU}, ChainJacobian),
+        (ActorCriticPolicy, spaces.Discrete(5), {}, ChainJacobian),
+        (ActorCriticPolicy, spaces.MultiBinary(5), {}, ChainJacobian),
+        (MultiInputActorCriticPolicy, DICT, {}, LayerJacobian),
+        (ActorCriticPolicy, BOX, {"activation_fn": nn.PReLU}, FunctionalJacobian),
+        (ActorCriticPolicy, BOX, {"activation_fn": lambda: nn.ReLU(inplace=True)}, FunctionalJacobian),
+        (ActorCriticPolicy, BOX, {"activation_fn": nn.Dropout}, LayerJacobian),
+        (ActorCriticCnnPolicy, IMAGE, {}, LayerJacobian),
+        (ActorCriticCnnPolicy, IMAGE, {"net_arch": [8], "normalize_images": False}, LayerJacobian),
+        (MultiInputActorCriticPolicy, spaces.Dict({"image": IMAGE, "vector": BOX}), {}, LayerJacobian),
+        (ActorCriticPolicy, BOX, {"features_extractor_class": GroupedConvolution}, FunctionalJacobian),
+        (ActorCriticPolicy, BOX, {"features_extractor_class": Encoder}, LayerJacobian),
+        (OwnValues, BOX, {}, LayerJacobian),
+        (Contrast, BOX, {}, FunctionalJacobian),
+        (Twice, BOX, {}, FunctionalJacobian),
+        (Regularised, BOX, {}, FunctionalJacobian),
+        (LayerNormPolicy, BOX, {}, FunctionalJacobian),
     ],
 )
-def test_the_path_is_chosen_by_the_critic_and_both_agree(policy_class, observation_space, policy_kwargs, layers):
+def test_the_path_is_chosen_by_the_critic_and_both_agree(policy_class, observation_space, policy_kwargs, kind):
     critic = make_critic(policy_class, observation_space, **policy_kwargs)
-    assert (critic.layers is not None) == layers
     critic.policy.set_training_mode(False)
     observations = gym.vector.utils.batch_space(observation_space, 6).sample()
     obs_tensor = critic.policy.obs_to_tensor(observations)[0]
     jacobian = critic.jacobian(obs_tensor, th.Generator())
-    chain = layers and policy_class is ActorCriticPolicy and "features_extractor_class" not in policy_kwargs
-    assert type(jacobian) is (ChainJacobian if chain else LayerJacobian if layers else FunctionalJacobian)
+    assert type(jacobian) is kind
+    of_sb3 = policy_class.__module__.startswith("stable_baselines3") and "features_extractor_class" not in policy_kwargs
+    assert critic.jacobian_is_right or (of_sb3 and critic.layers is not None)
     # Against plain autograd, row by row
     values = critic(obs_tensor)
     parameters = list(critic.trainable.values())
@@ -313,5 +355,16 @@ def test_a_frozen_layer_is_no_parameter():
     policy = ActorCriticPolicy(BOX, spaces.Discrete(2), ConstantSchedule(1e-3))
     policy.mlp_extractor.value_net[0].requires_grad_(False)
     critic = Critic(policy, [p for p in split_parameters(policy, BOX)[1].values() if p.requires_grad])
-    assert critic.layers is None
+    assert critic.layers is None and critic.chain is None
     assert critic.jacobian(th.zeros(2, 4), th.Generator()).n_params == 64 * 65 + 65
+
+
+def test_convolutions_of_ones_own_with_many_parameters(monkeypatch):
+    """Their rows would not fit."""
+    monkeypatch.setattr(LayerJacobian, "max_conv_bytes", 1000)
+    critic = make_critic(ActorCriticPolicy, IMAGE, features_extractor_class=OwnCNN)
+    observations = th.zeros(2, 3, 36, 36)
+    assert type(critic.jacobian(observations, th.Generator())) is FunctionalJacobian
+    monkeypatch.setattr(LayerJacobian, "max_conv_bytes", 2**20)
+    critic = make_critic(ActorCriticPolicy, IMAGE, features_extractor_class=OwnCNN)
+    assert type(critic.jacobian(observations, th.Generator())) is LayerJacobian

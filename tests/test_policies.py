@@ -16,7 +16,7 @@ from gymnasium import spaces
 from models import built_with, changed, differences, logged, small, state_of
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import FloatSchedule
@@ -346,6 +346,9 @@ REPLACED: dict[str, Callable[[Any], Any]] = {
     "value_net": louder("value_net"),
     "_get_action_dist_from_latent": colder,
     "action_dist": lambda policy: setattr(policy, "action_dist", Wider(2)),
+    "action_dist.proba_distribution": lambda policy: setattr(
+        policy.action_dist, "proba_distribution", lambda mean, log_std: Wider(2).proba_distribution(mean, log_std)
+    ),
 }
 
 
@@ -444,6 +447,75 @@ def test_spaces_whose_samples_tell_little(space: spaces.Box, policy_kwargs: dict
     env.observation_space = space
     for seed in range(5):
         small(env=env, policy_kwargs=policy_kwargs, seed=seed)
+
+
+class Branches(BaseFeaturesExtractor):
+    """Which part sees an observation depends on it."""
+
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 5)
+        self.positive, self.negative = nn.Linear(3, 5), nn.Linear(3, 5)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features = observations.new_zeros(len(observations), 5)
+        positive = observations[:, 0] > 0
+        for rows, layer in ((positive, self.positive), (~positive, self.negative)):
+            if rows.any():
+                features[rows] = layer(observations[rows])
+        return features
+
+
+def test_a_network_with_branches() -> None:
+    model = small(batch_size=16, policy_kwargs={"features_extractor_class": Branches})
+    assert changed(model, lambda: model.learn(64)) == {name for name, _ in model.policy.named_parameters()}
+    assert logged(model)["correction_skipped"] == 0
+
+
+class CriticsOwnFeatures(ActorCriticPolicy):
+    """The critic has a features extractor of another kind, though nothing says that they are not shared."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        self.vf_features_extractor = Looked(self.observation_space)
+        super()._build(lr_schedule)
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return self.value_net(self.mlp_extractor.forward_critic(self.vf_features_extractor(obs.abs())))
+
+    def forward(self, obs: Any, deterministic: bool = False) -> Any:
+        distribution = self.get_distribution(obs)
+        actions = distribution.get_actions(deterministic)
+        return actions, self.predict_values(obs), distribution.log_prob(actions)
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        distribution = self.get_distribution(obs)
+        return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
+
+
+def test_a_features_extractor_of_the_critics_own() -> None:
+    model = small(CriticsOwnFeatures, policy_kwargs={"features_extractor_class": Branches}).learn(32)
+    assert type(model.policy.vf_features_extractor) is Looked
+    assert type(model.policy.pi_features_extractor) is Branches
+
+
+class Obstinate(CategoricalDistribution):
+    """Takes the first action, or none at all."""
+
+    broken = False
+
+    def get_actions(self, deterministic: bool = False) -> th.Tensor:
+        if self.broken:
+            raise RuntimeError("an error of the user's")
+        return th.zeros(len(self.distribution.logits), dtype=th.long)
+
+
+def test_get_actions_of_the_users() -> None:
+    model = small().learn(16)
+    model.policy.action_dist = Obstinate(3)
+    model.learn(16, reset_num_timesteps=False)
+    assert not model.rollout_buffer.actions.any()
+    model.policy.action_dist.broken = True
+    with pytest.raises(RuntimeError, match=r"^an error of the user's$"):
+        model.learn(16, reset_num_timesteps=False)
 
 
 @pytest.mark.parametrize("dtype", [th.float64, th.bfloat16])

@@ -101,12 +101,6 @@ def test_resumed_in_a_new_process(run: str, new_process: ProcessPoolExecutor, tm
     assert log == logged(uninterrupted)
 
 
-def test_pickling_does_not_disturb_the_run(tmp_path: Path) -> None:
-    first = state_of(small(env=ENVS["Pendulum"]()).learn(TOTAL))
-    second = small(env=ENVS["Pendulum"]()).learn(TOTAL, ResumableCheckpoint(tmp_path / "model"))
-    assert not differences(first, state_of(second))
-
-
 def test_the_end_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = small(env=ENVS["Pendulum"]()).learn(TOTAL, ResumableCheckpoint(tmp_path / "model", save_freq=1000, verbose=2))
     assert capsys.readouterr().out == f"Saving resumable checkpoint to {tmp_path / 'model'}\n"
@@ -119,6 +113,33 @@ def test_the_end_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not differences(state_of(model), state_of(loaded))
     # As any zip of BLPO it can be loaded without its environment
     assert moved(actor_of(BLPO.load(tmp_path / "model", device="cpu")), actor_of(model))
+
+
+@pytest.mark.parametrize("run", ["gSDE", "reset gSDE", "reset", "normalized"])
+def test_learning_in_parts(run: str, tmp_path: Path) -> None:
+    """With a checkpoint at the end of each part, and continued from there: as in one, whatever a rollout draws first."""
+    env, reset_env, arguments = RUNS[run]
+    arguments = arguments | {"learning_rate": 1e-3}  # each part would have its own schedule
+
+    def checkpoint() -> ResumableCheckpoint:
+        return ResumableCheckpoint(tmp_path / "model", 64, reset_env)
+
+    whole = small(env=ENVS[env](), **arguments).learn(128, checkpoint())
+    parts = small(env=ENVS[env](), **arguments).learn(64, checkpoint())
+    parts.learn(64, checkpoint(), reset_num_timesteps=False)
+    small(env=ENVS[env](), **arguments).learn(64, checkpoint())
+    resumed = resume(tmp_path / "model", env=ENVS[env]() if reset_env else None, device="cpu")
+    resumed.learn(64, checkpoint(), reset_num_timesteps=False)
+    for model in (parts, resumed):
+        assert not differences(state_of(whole), state_of(model))
+
+
+@pytest.mark.parametrize("run", ["gSDE", "normalized"])
+def test_checkpoints_do_not_disturb_the_run(run: str, tmp_path: Path) -> None:
+    env, _, arguments = RUNS[run]
+    first = small(env=ENVS[env](), **arguments).learn(TOTAL)
+    second = small(env=ENVS[env](), **arguments).learn(TOTAL, ResumableCheckpoint(tmp_path / "model", SAVE_FREQ))
+    assert not differences(state_of(first), state_of(second))
 
 
 def test_nothing_is_saved_within_a_rollout(tmp_path: Path) -> None:

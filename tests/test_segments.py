@@ -12,6 +12,7 @@ from problems import random_segment
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_blpo import BLPO
@@ -148,6 +149,27 @@ def test_segments_of_a_second_rollout_forget_the_first():
     starts = model.rollout_buffer.episode_starts
     ended = np.append(starts[1:], model._last_episode_starts[None], axis=0)
     assert all(ended[truncation.step, truncation.env] for truncation in model._truncations)
+
+
+def test_a_subclass_that_collects_rollouts_in_its_own_way():
+    """Truncated episodes of earlier rollouts must not take anything from the rewards."""
+
+    class Own(BLPO):
+        collect_rollouts = OnPolicyAlgorithm.collect_rollouts
+
+    class One(EndingEnv):
+        def step(self, action):
+            observation, _, *end = super().step(action)
+            return observation, 1.0, *end
+
+    model = Own("MlpPolicy", DummyVecEnv([One]), n_steps=64, batch_size=64, seed=0, n_epochs=1)
+    with th.no_grad():
+        model.policy.value_net.bias.fill_(50.0)
+    for _ in range(3):
+        collect_rollout(model)
+        (segment,) = model._segments()
+        assert len(segment.truncated) > 2
+        np.testing.assert_allclose(segment.lambda_return.rewards, 1, atol=1e-4)
 
 
 @pytest.mark.parametrize("lean", [True, False])
