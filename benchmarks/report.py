@@ -156,7 +156,7 @@ def differences(results: Results, other: str, left_out: Collection[str] = ()) ->
     rows = []
     for name in (name for name in results.algorithms if name != other and name not in left_out):
         found: list[tuple[Any, list[Task], Estimate, Estimate | str]] = []
-        for title, tasks in groups(results.have(name, other, PPO, RANDOM)).items():
+        for title, tasks in groups(results.have(name, other, tasks=results.complete)).items():
             if len(tasks) > 1:
                 of_mean, of_iqm = (estimate(results.difference, center, name, other, tasks) for center in (mean, iqm))
                 found.append((f"{title} ({len(tasks)})", tasks, of_mean, of_iqm))

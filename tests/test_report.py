@@ -245,6 +245,9 @@ def test_only_complete_tasks_are_aggregated(results):
         assert lacking.complete == [CARTPOLE]
         assert "tasks that saturate" in report.aggregate(lacking) and "MuJoCo" not in report.aggregate(lacking)
         assert f"| {HOPPER} | {name} | 3 |" in report.by_task(lacking)
+        assert "| all (2) |" in report.differences(results, returns.PPO)
+        assert "| all (2) |" not in report.differences(lacking, returns.PPO)
+        assert f"| {HOPPER} |" in report.differences(lacking, returns.PPO)
 
 
 def test_panels_of_the_ablation(monkeypatch, tmp_path):
