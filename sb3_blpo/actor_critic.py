@@ -70,7 +70,7 @@ class Critic(nn.Module):
         self.found_layers = found_layers(policy, parameters)
         if self.found_layers is not None and curvature == "gauss_newton":  # whose first derivatives are all that is checked
             self.jacobians.insert(0, LayerJacobian)
-        #: Whether this was seen, once for every ``train()``
+        #: Whether this was seen, once for every ``train()``, by layers for every minibatch
         self.jacobian_is_right = False
         #: Of actor and critic, what normalisation layers keep; a mask of -inf is none of it
         self.statistics = [x for x in policy.buffers() if x.is_floating_point() and x.numel() and x.float().isfinite().all()]
@@ -147,7 +147,9 @@ class Critic(nn.Module):
             )
             try:
                 jacobian = kind(*arguments)
-                self.jacobian_is_right = self.jacobian_is_right or jacobian.is_consistent()
+                # Whose rows the layers see may depend on the observations
+                known = self.jacobian_is_right and kind is not LayerJacobian
+                self.jacobian_is_right = known or jacobian.is_consistent()
                 if self.jacobian_is_right:
                     return jacobian
             except th.OutOfMemoryError:
@@ -248,10 +250,10 @@ class Actor:
         else:
             distribution = self.policy.get_distribution(observations)
         try:
-            actions = distribution.get_actions(deterministic)
+            actions = distribution.get_actions(deterministic=deterministic)
             log_prob = distribution.log_prob(actions)
         except RuntimeError as error:
-            if "probability tensor contains" not in str(error):  # what multinomial() says
+            if not isinstance(distribution, WrittenOut) and "probability tensor contains" not in str(error):  # multinomial()'s
                 raise
             raise not_finite("probabilities of actions") from error
         if not log_prob.isfinite().all():

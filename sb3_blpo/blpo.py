@@ -250,7 +250,7 @@ class BLPO(OnPolicyAlgorithm):
                 self.critic_optimizer = make_optimizer(self.policy, critic, self.critic_lr_schedule(1), critic_optimizer)
             self._known_policy = self.policy
             self._known_parameters = {id(parameter) for parameter in (*actor.values(), *critic.values())}
-        looks = (self.policy.optimizer, self.critic_optimizer, appearance(self.policy))
+        looks = (self.policy.optimizer, self.critic_optimizer, self.curvature, appearance(self.policy))
         if self._known_looks != looks:
             leave_to(self.critic_optimizer, self.policy.optimizer)
             self.actor = Actor(self.policy, parameters_of(self.policy.optimizer))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch as th
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -105,7 +106,7 @@ class LinearRows(LayerRows):
     def _Jt_w(self, w: th.Tensor) -> th.Tensor:
         n_rows, n_in = self.h.shape
         k = w.shape[1]
-        weighted = (self.h[:, :, None] * w[:, None]).view(n_rows, n_in * k)
+        weighted = (self.h[:, :, None] * w[:, None]).reshape(n_rows, n_in * k)
         product = (self.signal.T @ weighted).view(self.n_weights, k)
         return th.cat([product, self.signal.T @ w]) if self.has_bias else product
 
@@ -192,10 +193,13 @@ class LayerJacobian(Jacobian):
 
     def _forward(self) -> th.Tensor:
         """Return the values, and keep each layer's inputs and outputs."""
-        seen: dict[nn.Module, list[tuple[th.Tensor, th.Tensor]]] = {layer: [] for layer in self.layers}
+        seen: dict[nn.Module, list[tuple[th.Tensor, GradientEdge]]] = {layer: [] for layer in self.layers}
 
         def keep(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
-            seen[layer].append((inputs[0].detach(), output))
+            if not inputs:
+                raise RuntimeError(f"{layer} is called by keyword.")
+            # The edge stays where it is if the output is changed in place
+            seen[layer].append((inputs[0].detach(), get_gradient_edge(output)))
 
         # Before hooks of the user's, which may change the output
         hooks = [layer.register_forward_hook(keep, prepend=True) for layer in self.layers]
@@ -268,10 +272,11 @@ class LayerJacobian(Jacobian):
         if len(self.values) * n_conv * self.values.element_size() > self.max_conv_bytes:
             return False
         # A product is what automatic differentiation gives, unless values depend on one another's observations, or on a
-        # layer's weights or output in other ways than by its call (activations in place)
+        # layer's weights in other ways than by its call
         critic, parameters = self._function()
         parameters = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
-        w = th.randn(len(self.values), generator=th.Generator("cpu").manual_seed(0), device="cpu").to(self.values)
+        # Of mean 1, to see what values have in common
+        w = 1 + th.randn(len(self.values), generator=th.Generator("cpu").manual_seed(0), device="cpu").to(self.values)
         with th.enable_grad():
             exact = flat_gradient([critic(parameters)], list(parameters.values()), [w])
         n_each = [parameter.numel() for parameter in parameters.values()]

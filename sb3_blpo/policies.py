@@ -53,7 +53,9 @@ def unshare_features_extractor(policy: ActorCriticPolicy) -> None:
     if policy.share_features_extractor:
         if not any(True for _ in policy.features_extractor.parameters()):
             return
-        if policy.vf_features_extractor is policy.features_extractor:  # a policy may have given the critic its own
+        actors = {id(p) for part in (policy.features_extractor, policy.pi_features_extractor) for p in part.parameters()}
+        # A policy that computes values in its own way may have given the critic its own
+        if is_sb3(policy, "predict_values") or any(id(p) in actors for p in policy.vf_features_extractor.parameters()):
             try:
                 policy.vf_features_extractor = copy.deepcopy(policy.features_extractor)
             except (RuntimeError, TypeError) as error:  # old-style weight_norm, locks and others
@@ -250,6 +252,8 @@ def _is_plain(module: nn.Module) -> bool:
         return False  # what prunes or normalises weights computes them from parameters of other names
     if has_own(module, "forward"):
         return False
+    if isinstance(module, nn.Linear | nn.Conv2d) and [*module._parameters] != ["weight", "bias"]:
+        return False  # what removes pruning turns them round
     if isinstance(module, nn.Conv2d):
         zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return type(module) is nn.Conv2d and module.groups == 1 and zeros

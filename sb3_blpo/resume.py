@@ -71,6 +71,8 @@ class ResumableCheckpoint(BaseCallback):
         if self.model.num_timesteps - self.latest >= self.save_freq:
             # Where SB3 has drawn this rollout's noise, it will do so after resuming, too
             self._save(_generator_states() | self.model._before_noise)
+            if self.model.use_sde and not self.model._before_noise:  # a subclass that collects rollouts in its own way
+                self.model.policy.reset_noise(self.training_env.num_envs)
 
     def _on_training_end(self) -> None:
         # A callback that ends the training does so within a rollout

@@ -144,6 +144,14 @@ def test_critics_that_are_layers_otherwise(module: Any) -> None:
     check_products(small(followed_by(module(), scale=False)).learn(32), LayerJacobian)
 
 
+def test_curvature_set_later() -> None:
+    model = small(followed_by(OldStyle(), scale=False)).learn(16)
+    model.curvature = "hessian"
+    model.learn(16, reset_num_timesteps=False)
+    assert logged(model)["correction_skipped"] == 0
+    check_products(model, AutogradJacobian)
+
+
 def check_products(model: BLPO, kind: type[Jacobian]) -> None:
     """The critic's Jacobian is of this kind, and right."""
     observations = th.randn(5, 3)

@@ -12,8 +12,9 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticP
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
+from torch.nn.utils import prune
 
-from sb3_blpo.actor_critic import Critic
+from sb3_blpo.actor_critic import Actor, Critic
 from sb3_blpo.chain import Chain
 from sb3_blpo.jacobian import AutogradJacobian, FunctionalJacobian, Jacobian
 from sb3_blpo.layers import ChainJacobian, ConvRows, LayerJacobian, LinearRows
@@ -255,6 +256,13 @@ class Regularised(ActorCriticPolicy):
         return super().predict_values(obs) + self.value_net.weight.square().sum()
 
 
+class Keyword(ActorCriticPolicy):
+    """A layer is called by keyword."""
+
+    def predict_values(self, obs):
+        return self.value_net(input=self.mlp_extractor.forward_critic(self.extract_features(obs, self.vf_features_extractor)))
+
+
 class Encoder(BaseFeaturesExtractor):
     """A features extractor of the user's, as SB3's documentation makes them."""
 
@@ -316,7 +324,7 @@ class LayerNormPolicy(ActorCriticPolicy):
         (ActorCriticPolicy, spaces.MultiBinary(5), {}, ChainJacobian),
         (MultiInputActorCriticPolicy, DICT, {}, LayerJacobian),
         (ActorCriticPolicy, BOX, {"activation_fn": nn.PReLU}, FunctionalJacobian),
-        (ActorCriticPolicy, BOX, {"activation_fn": lambda: nn.ReLU(inplace=True)}, FunctionalJacobian),
+        (ActorCriticPolicy, BOX, {"activation_fn": lambda: nn.ReLU(inplace=True)}, LayerJacobian),
         (ActorCriticPolicy, BOX, {"activation_fn": nn.Dropout}, LayerJacobian),
         (ActorCriticCnnPolicy, IMAGE, {}, LayerJacobian),
         (ActorCriticCnnPolicy, IMAGE, {"net_arch": [8], "normalize_images": False}, LayerJacobian),
@@ -326,6 +334,7 @@ class LayerNormPolicy(ActorCriticPolicy):
         (OwnValues, BOX, {}, LayerJacobian),
         (Contrast, BOX, {}, FunctionalJacobian),
         (Twice, BOX, {}, FunctionalJacobian),
+        (Keyword, BOX, {}, FunctionalJacobian),
         (Regularised, BOX, {}, FunctionalJacobian),
         (LayerNormPolicy, BOX, {}, FunctionalJacobian),
     ],
@@ -348,6 +357,47 @@ def test_the_path_is_chosen_by_the_critic_and_both_agree(policy_class, observati
     th.testing.assert_close(jacobian.Jt_w(w), th.stack(rows).T @ w, rtol=1e-4, atol=1e-4)
     v = th.stack(rows)[0]
     th.testing.assert_close(jacobian.J_v(v), th.stack(rows) @ v, rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_whose_rows_come_in_another_order_later():
+    """In no minibatch the products are wrong."""
+
+    class Sorted(ActorCriticPolicy):
+        def predict_values(self, obs):
+            order = obs[:, 0].argsort()
+            return super().predict_values(obs[order])[order.argsort()]
+
+    critic = make_critic(Sorted, BOX)
+    observations = th.randn(6, 4)
+    observations = observations[observations[:, 0].argsort()]
+    assert type(critic.jacobian(observations, th.Generator())) is LayerJacobian
+    jacobian = critic.jacobian(observations.flip(0), th.Generator())
+    assert type(jacobian) is FunctionalJacobian
+    th.testing.assert_close(
+        jacobian.Jt_w(th.ones(6)), critic.loss_and_gradient(observations, critic.values(observations) - 3)[1]
+    )
+
+
+def test_inputs_that_are_not_contiguous():
+    th.manual_seed(0)
+    layer, h, signal = nn.Linear(4, 3), th.randn(4, 6).T, th.randn(6, 3)
+    w = th.randn(6, 2)
+    actual, expected = (LinearRows(layer, x, signal).Jt_w(w) for x in (h, h.contiguous()))
+    th.testing.assert_close(actual, expected)
+
+
+def test_a_layer_whose_bias_comes_first():
+    """As after pruning is removed: nothing may take it for the weight."""
+    policy = ActorCriticPolicy(BOX, spaces.Discrete(2), ConstantSchedule(1e-3))
+    for network in (policy.mlp_extractor.value_net, policy.mlp_extractor.policy_net):
+        prune.remove(prune.l1_unstructured(network[0], "weight", amount=1), "weight")
+    actor, parameters = (list(part.values()) for part in split_parameters(policy, BOX))
+    critic = Critic(policy, parameters)
+    assert critic.chain is None and Actor(policy, actor).chain is None
+    observations = th.randn(6, 4)
+    expected = th.autograd.grad(critic(observations).square().mean(), parameters)
+    actual = critic.loss_and_gradient(observations, th.zeros(6))[1]
+    th.testing.assert_close(actual, th.cat([gradient.flatten() for gradient in expected]))
 
 
 def test_a_frozen_layer_is_no_parameter():

@@ -497,12 +497,33 @@ def test_a_features_extractor_of_the_critics_own() -> None:
     assert type(model.policy.pi_features_extractor) is Branches
 
 
+class Wrapped(nn.Module):
+    """Around a features extractor."""
+
+    def __init__(self, extractor: Any) -> None:
+        super().__init__()
+        self.extractor, self.features_dim = extractor, extractor.features_dim
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.extractor(observations)
+
+
+def test_a_wrapped_features_extractor() -> None:
+    """The critic's is the same one, unwrapped."""
+
+    def change(policy: Any) -> None:
+        policy.features_extractor = Wrapped(policy.features_extractor)
+
+    model = small(built_with(change), policy_kwargs={"features_extractor_class": Branches}).learn(32)
+    assert type(model.policy.vf_features_extractor) is Wrapped
+
+
 class Obstinate(CategoricalDistribution):
     """Takes the first action, or none at all."""
 
     broken = False
 
-    def get_actions(self, deterministic: bool = False) -> th.Tensor:
+    def get_actions(self, *, deterministic: bool = False) -> th.Tensor:  # type: ignore[override]
         if self.broken:
             raise RuntimeError("an error of the user's")
         return th.zeros(len(self.distribution.logits), dtype=th.long)

@@ -14,6 +14,7 @@ from envs import SpaceEnv, vec_env
 from models import SMALL, actor_of, differences, logged, moved, small, state_of
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
@@ -132,6 +133,24 @@ def test_learning_in_parts(run: str, tmp_path: Path) -> None:
     resumed.learn(64, checkpoint(), reset_num_timesteps=False)
     for model in (parts, resumed):
         assert not differences(state_of(whole), state_of(model))
+
+
+class OwnRollouts(BLPO):
+    collect_rollouts = OnPolicyAlgorithm.collect_rollouts
+
+
+@pytest.mark.parametrize("reset_env", [False, True])
+def test_noise_of_a_subclass_that_collects_rollouts_in_its_own_way(reset_env: bool, tmp_path: Path) -> None:
+    def model(env: VecEnv) -> OwnRollouts:
+        return OwnRollouts("MlpPolicy", env, **SMALL, use_sde=True)
+
+    whole = model(ENVS["Pendulum"]()).learn(TOTAL, ResumableCheckpoint(tmp_path / "other", SAVE_FREQ, reset_env))
+    with pytest.raises(KeyboardInterrupt):
+        model(ENVS["Pendulum"]()).learn(TOTAL, [ResumableCheckpoint(tmp_path / "model", SAVE_FREQ, reset_env), Crash()])
+    resumed = resume(tmp_path / "model", ENVS["Pendulum"]() if reset_env else None, OwnRollouts, device="cpu")
+    checkpoint = ResumableCheckpoint(tmp_path / "model", SAVE_FREQ, reset_env)
+    resumed.learn(TOTAL - resumed.num_timesteps, checkpoint, reset_num_timesteps=False)
+    assert not differences(state_of(whole), state_of(resumed))
 
 
 @pytest.mark.parametrize("run", ["gSDE", "normalized"])
