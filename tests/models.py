@@ -9,7 +9,9 @@ import torch as th
 from envs import SpaceEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import NatureCNN
 
 import sb3_blpo.blpo
 from sb3_blpo import BLPO
@@ -22,6 +24,16 @@ SMALL: dict[str, Any] = dict(n_steps=16, batch_size=8, n_epochs=1, seed=0, devic
 def small(policy: Any = "MlpPolicy", env: Any = None, **arguments: Any) -> BLPO:
     """A model with two minibatches of 8 transitions per environment and rollout."""
     return BLPO(policy, SpaceEnv() if env is None else env, **(SMALL | {"ihvp_kwargs": {"rank": 6}} | arguments))
+
+
+class OwnRollouts(BLPO):
+    """Collects rollouts in its own way, which is SB3's."""
+
+    collect_rollouts = OnPolicyAlgorithm.collect_rollouts
+
+
+class OwnCNN(NatureCNN):
+    """A features extractor of the user's, for all that BLPO knows."""
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch as th
 from envs import IMAGE, TORQUES, SpaceEnv, vec_env
-from models import SMALL, Seen, moved, small
+from models import SMALL, OwnCNN, Seen, moved, small
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import MlpExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import nn
 
 import sb3_blpo
@@ -206,10 +206,6 @@ def test_exact_hessian_of_a_large_critic() -> None:
     small(curvature="gauss_newton", **large)
     small(curvature="hessian", **(large | {"ihvp_solver": "cg"}))
     small(curvature="hessian", ihvp_solver="exact", policy_kwargs={"net_arch": [100, 100]})
-
-
-class OwnCNN(NatureCNN):
-    """A features extractor whose layers BLPO does not know."""
 
 
 def test_exact_with_a_large_jacobian() -> None:

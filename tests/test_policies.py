@@ -249,23 +249,30 @@ def test_a_parameter_without_gradient_in_training() -> None:
     assert changed(model, lambda: model.learn(16)) == expected
 
 
-class Cold(ActorCriticPolicy):
-    """Acts with less noise than its distribution has, and says so in what PPO calls."""
+class OwnWay(ActorCriticPolicy):
+    """Acts and is evaluated in its own way."""
 
-    def _cold(self, obs: th.Tensor) -> Any:
-        distribution = self.get_distribution(obs)
-        normal: Any = distribution.distribution
-        distribution.distribution = th.distributions.Normal(normal.mean, 0.3 * normal.stddev)
-        return distribution
+    def own_distribution(self, obs: th.Tensor) -> Any:
+        return self.get_distribution(obs)
 
     def forward(self, obs: th.Tensor, deterministic: bool = False) -> Any:
-        distribution = self._cold(obs)
+        distribution = self.own_distribution(obs)
         actions = distribution.get_actions(deterministic)
         return actions, self.predict_values(obs), distribution.log_prob(actions)
 
     def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
-        distribution = self._cold(obs)
+        distribution = self.own_distribution(obs)
         return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
+
+
+class Cold(OwnWay):
+    """Acts with less noise than its distribution has, and says so in what PPO calls."""
+
+    def own_distribution(self, obs: th.Tensor) -> Any:
+        distribution = super().own_distribution(obs)
+        normal: Any = distribution.distribution
+        distribution.distribution = th.distributions.Normal(normal.mean, 0.3 * normal.stddev)
+        return distribution
 
 
 class Scaled(ActorCriticPolicy):
@@ -347,7 +354,7 @@ REPLACED: dict[str, Callable[[Any], Any]] = {
     "_get_action_dist_from_latent": colder,
     "action_dist": lambda policy: setattr(policy, "action_dist", Wider(2)),
     "action_dist.proba_distribution": lambda policy: setattr(
-        policy.action_dist, "proba_distribution", lambda mean, log_std: Wider(2).proba_distribution(mean, log_std)
+        policy.action_dist, "proba_distribution", Wider(2).proba_distribution
     ),
 }
 
@@ -471,7 +478,7 @@ def test_a_network_with_branches() -> None:
     assert logged(model)["correction_skipped"] == 0
 
 
-class CriticsOwnFeatures(ActorCriticPolicy):
+class CriticsOwnFeatures(OwnWay):
     """The critic has a features extractor of another kind, though nothing says that they are not shared."""
 
     def _build(self, lr_schedule: Any) -> None:
@@ -480,15 +487,6 @@ class CriticsOwnFeatures(ActorCriticPolicy):
 
     def predict_values(self, obs: Any) -> th.Tensor:
         return self.value_net(self.mlp_extractor.forward_critic(self.vf_features_extractor(obs.abs())))
-
-    def forward(self, obs: Any, deterministic: bool = False) -> Any:
-        distribution = self.get_distribution(obs)
-        actions = distribution.get_actions(deterministic)
-        return actions, self.predict_values(obs), distribution.log_prob(actions)
-
-    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
-        distribution = self.get_distribution(obs)
-        return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
 
 
 def test_a_features_extractor_of_the_critics_own() -> None:
@@ -509,7 +507,7 @@ class Wrapped(nn.Module):
 
 
 def test_a_wrapped_features_extractor() -> None:
-    """The critic's is the same one, unwrapped."""
+    """What the policy had made of it before is the one inside: the critic gets a copy, wrapper and all."""
 
     def change(policy: Any) -> None:
         policy.features_extractor = Wrapped(policy.features_extractor)

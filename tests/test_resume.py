@@ -11,10 +11,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from envs import SpaceEnv, vec_env
-from models import SMALL, actor_of, differences, logged, moved, small, state_of
+from models import SMALL, OwnRollouts, actor_of, differences, logged, moved, small, state_of
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
@@ -135,10 +134,6 @@ def test_learning_in_parts(run: str, tmp_path: Path) -> None:
         assert not differences(state_of(whole), state_of(model))
 
 
-class OwnRollouts(BLPO):
-    collect_rollouts = OnPolicyAlgorithm.collect_rollouts
-
-
 @pytest.mark.parametrize("reset_env", [False, True])
 def test_noise_of_a_subclass_that_collects_rollouts_in_its_own_way(reset_env: bool, tmp_path: Path) -> None:
     def model(env: VecEnv) -> OwnRollouts:
@@ -157,7 +152,7 @@ def test_noise_of_a_subclass_that_collects_rollouts_in_its_own_way(reset_env: bo
 def test_checkpoints_do_not_disturb_the_run(run: str, tmp_path: Path) -> None:
     env, _, arguments = RUNS[run]
     first = small(env=ENVS[env](), **arguments).learn(TOTAL)
-    second = small(env=ENVS[env](), **arguments).learn(TOTAL, ResumableCheckpoint(tmp_path / "model", SAVE_FREQ))
+    second = small(env=ENVS[env](), **arguments).learn(TOTAL, ResumableCheckpoint(tmp_path / "model"))
     assert not differences(state_of(first), state_of(second))
 
 

@@ -7,12 +7,11 @@ import torch as th
 from brute_force import discounted_sums, lambda_returns
 from envs import ACTION_SPACES, IMAGE, SpaceEnv, vec_env
 from gymnasium import spaces
-from models import collect_rollout, differences, small, state_of
+from models import OwnRollouts, collect_rollout, differences, small, state_of
 from problems import random_segment
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_blpo import BLPO
@@ -154,15 +153,12 @@ def test_segments_of_a_second_rollout_forget_the_first():
 def test_a_subclass_that_collects_rollouts_in_its_own_way():
     """Truncated episodes of earlier rollouts must not take anything from the rewards."""
 
-    class Own(BLPO):
-        collect_rollouts = OnPolicyAlgorithm.collect_rollouts
-
     class One(EndingEnv):
         def step(self, action):
             observation, _, *end = super().step(action)
             return observation, 1.0, *end
 
-    model = Own("MlpPolicy", DummyVecEnv([One]), n_steps=64, batch_size=64, seed=0, n_epochs=1)
+    model = OwnRollouts("MlpPolicy", DummyVecEnv([One]), n_steps=64, batch_size=64, seed=0, n_epochs=1)
     with th.no_grad():
         model.policy.value_net.bias.fill_(50.0)
     for _ in range(3):
