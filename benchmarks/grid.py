@@ -50,7 +50,7 @@ class Grid(NamedTuple):
     :param budgets: Timesteps by environment
     :param n_evaluations: As in :class:`Cell`
     :param seeds: Seeds
-    :param params: By environment, hyperparameters instead of those of BLPO's entry, and so of PPO's with its schedule
+    :param params: By environment, hyperparameters instead of those of BLPO's entry, and but for rates of PPO's schedule
     """
 
     algorithms: tuple[str, ...]
@@ -108,7 +108,14 @@ SHORT_PARAMS = {
         "batch_size": 128,
         "learning_rate": "lin_5e-4",
         "critic_learning_rate": "lin_2e-3",
-    }
+    },
+    "Walker2d-v5": {
+        "n_envs": 2,
+        "n_steps": 256,
+        "batch_size": 128,
+        "learning_rate": "lin_3e-4",
+        "critic_learning_rate": "lin_1.2e-3",
+    },
 }
 
 
@@ -144,8 +151,8 @@ OUTPUTS = {
 
 
 def _with_params(what: Algorithm, params: dict[str, Any]) -> Algorithm:
-    if what.config == PPO_SCHEDULE:  # of PPO, which has one rate
-        params = {name: value for name, value in params.items() if name != "critic_learning_rate"}
+    if what.config == PPO_SCHEDULE:  # of PPO, which has one rate, its own
+        params = {name: value for name, value in params.items() if "learning_rate" not in name}
     elif not what.algo.startswith("blpo"):
         return what
     return what._replace(params=params | what.params)
