@@ -24,7 +24,7 @@ OF_BLPO, OF_PPO = (
 OF_ITS_OWN: dict[str, dict[str, Any]] = {
     "HalfCheetah-v5": {"learning_rate": "lin_5e-4"},
     "Swimmer-v5": {"batch_size": 128},
-    "Walker2d-v5": {"learning_rate": "lin_5e-4", "gamma": 0.995, "gae_lambda": 0.9, "clip_range": 0.1},
+    "Walker2d-v5": {"batch_size": 128, "learning_rate": "lin_5e-4", "gamma": 0.995, "gae_lambda": 0.9, "clip_range": 0.1},
 }
 NOT_SHARED = {"normalize_advantage", *(OF_BLPO.keys() - OF_PPO.keys())}
 
