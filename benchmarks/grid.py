@@ -50,7 +50,7 @@ class Grid(NamedTuple):
     :param budgets: Timesteps by environment
     :param n_evaluations: As in :class:`Cell`
     :param seeds: Seeds
-    :param params: By environment, hyperparameters instead of those of BLPO's entry, and but for rates of PPO's schedule
+    :param params: By environment, hyperparameters instead of those of BLPO's entry, and so of PPO's schedule
     """
 
     algorithms: tuple[str, ...]
@@ -115,6 +115,8 @@ SHORT_PARAMS = {
         "batch_size": 128,
         "learning_rate": "lin_3e-4",
         "critic_learning_rate": "lin_1.2e-3",
+        "gamma": 0.995,
+        "gae_lambda": 0.98,
     },
 }
 
@@ -151,8 +153,8 @@ OUTPUTS = {
 
 
 def _with_params(what: Algorithm, params: dict[str, Any]) -> Algorithm:
-    if what.config == PPO_SCHEDULE:  # of PPO, which has one rate, its own
-        params = {name: value for name, value in params.items() if "learning_rate" not in name}
+    if what.config == PPO_SCHEDULE:  # whose rates and discounts are its own on these tasks
+        params = {name: value for name, value in params.items() if name in ("n_envs", "n_steps", "batch_size")}
     elif not what.algo.startswith("blpo"):
         return what
     return what._replace(params=params | what.params)
