@@ -101,7 +101,7 @@ TRPO = ("TRPO (tuned)",)
 MUJOCO = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
 SHORT = dict.fromkeys(MUJOCO, 250_000) | {"LunarLander-v3": 300_000, "CartPole-v1": 50_000, "Acrobot-v1": 100_000}
 LONG = dict.fromkeys(MUJOCO, 1_000_000)
-#: What does best at a quarter of the length for which the entry is made (tuning.md)
+#: What was chosen at a quarter of the length for which the entries are now made (tuning.md)
 SHORT_PARAMS = {
     "HalfCheetah-v5": {
         "n_envs": 2,
