@@ -1,5 +1,5 @@
 """
-Mutation check: does each numerics module's own test file notice small changes of that module? With mutmut.
+Mutation check: do each numerics module's own test files notice small changes of that module? With mutmut.
 
 Arguments choose modules, all of them if there are none. ``mutmut show <name>`` in build/mutation/<module> shows a survivor.
 """
@@ -14,23 +14,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.9
-#: Module or package, without suffix, and the test file that it answers to
+#: Module or package, without suffix, and the test files that it answers to
 OWN_TESTS = {
-    "gae": "gae",
-    "segments": "segments",
-    "hypergradient": "hypergradient",
-    "jacobian": "jacobian",
-    "layers": "jacobian",
-    "chain": "jacobian",
-    "distributions": "distributions",
-    "curvature": "ihvp",
-    "ihvp": "ihvp",
+    "gae": ["gae"],
+    "segments": ["segments"],
+    "hypergradient": ["hypergradient"],
+    "jacobian": ["jacobian", "critics"],
+    "layers": ["jacobian", "critics"],
+    "chain": ["jacobian"],
+    "distributions": ["distributions"],
+    "curvature": ["ihvp"],
+    "ihvp": ["ihvp"],
 }
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["sb3_blpo"]
 only_mutate = ["sb3_blpo/{module}.py", "sb3_blpo/{module}/*"]
-pytest_add_cli_args_test_selection = ["tests/test_{test}.py"]
+pytest_add_cli_args_test_selection = {tests}
 also_copy = ["benchmarks"]
 use_git_change_detection = false
 """
@@ -48,7 +48,7 @@ def check(module: str) -> dict[str, int]:
     # mutmut leaves decorated functions alone; without this decorator the results are the same
     for path in copy.glob(f"sb3_blpo/{module}.py"):
         path.write_text(re.sub(r" *@th\.no_grad\(\)\n", "", path.read_text()))
-    settings = SETTINGS.format(module=module, test=OWN_TESTS[module])
+    settings = SETTINGS.format(module=module, tests=[f"tests/test_{name}.py" for name in OWN_TESTS[module]])
     (copy / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
     mutmut = Path(sys.executable).with_name("mutmut")
     with (copy / "mutmut.log").open("w") as log:
