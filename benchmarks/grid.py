@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from baselines.ppo_schedule import NOT_SHARED, OF_ITS_OWN
+
 from sb3_blpo.zoo import default_hyperparams
 
 BASELINES = Path(__file__).parent / "baselines"
@@ -50,7 +52,7 @@ class Grid(NamedTuple):
     :param budgets: Timesteps by environment
     :param n_evaluations: As in :class:`Cell`
     :param seeds: Seeds
-    :param params: By environment, hyperparameters instead of those of BLPO's entry, and so of PPO's schedule
+    :param params: By environment, hyperparameters instead of those of BLPO's entry, and so of PPO's with its schedule
     """
 
     algorithms: tuple[str, ...]
@@ -152,9 +154,10 @@ OUTPUTS = {
 }
 
 
-def _with_params(what: Algorithm, params: dict[str, Any]) -> Algorithm:
-    if what.config == PPO_SCHEDULE:  # whose rates and discounts are its own on these tasks
-        params = {name: value for name, value in params.items() if name in ("n_envs", "n_steps", "batch_size")}
+def _with_params(what: Algorithm, env_id: str, params: dict[str, Any]) -> Algorithm:
+    if what.config == PPO_SCHEDULE:  # what its own trials found stays
+        apart = NOT_SHARED | OF_ITS_OWN.get(env_id, {}).keys()
+        params = {name: value for name, value in params.items() if name not in apart}
     elif not what.algo.startswith("blpo"):
         return what
     return what._replace(params=params | what.params)
@@ -169,6 +172,7 @@ def cells_of(grids: Iterable[Grid]) -> list[Cell]:
     for grid in grids:
         for seed, (env_id, budget), name in itertools.product(grid.seeds, grid.budgets.items(), grid.algorithms):
             length, n_evaluations = (0, 1) if name == "random" else (budget, grid.n_evaluations)
-            cell = Cell(name, env_id, length, seed, n_evaluations, _with_params(ALGORITHMS[name], grid.params.get(env_id, {})))
+            what = _with_params(ALGORITHMS[name], env_id, grid.params.get(env_id, {}))
+            cell = Cell(name, env_id, length, seed, n_evaluations, what)
             cells[cell[:4]] = cell
     return list(cells.values())

@@ -1,0 +1,1 @@
+"""What BLPO is compared with: files for RL Zoo's `--conf-file`."""
