@@ -270,7 +270,7 @@ def flat_gradient(
     """
     :param outputs: What to differentiate; may be differentiated again
     :param parameters: By what: any number
-    :param by_outputs: Weights of the outputs' elements; ``None``: 1
+    :param by_outputs: Weights of the outputs' elements; ``None``: 1, and each output is one number
     :param create_graph: Whether the gradient is to be differentiated itself
     :return: The gradient, flattened and joined; 0 for what the outputs do not depend on (n_params,)
     """

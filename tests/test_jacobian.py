@@ -1,5 +1,6 @@
 """Products with the critic's Jacobian, and chains differentiated by hand, against automatic differentiation."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
@@ -17,7 +18,7 @@ from torch.nn.utils import prune
 
 from sb3_blpo.actor_critic import Actor, Critic
 from sb3_blpo.chain import Chain
-from sb3_blpo.jacobian import AutogradJacobian, FunctionalJacobian, Jacobian
+from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian, FunctionalJacobian, Jacobian, VectorwiseJacobian, flat_gradient
 from sb3_blpo.layers import ChainJacobian, ConvRows, LayerJacobian, LinearRows
 from sb3_blpo.policies import ELEMENTWISE, split_parameters, unshare_features_extractor
 
@@ -36,8 +37,8 @@ BODIES = {
 
 
 def functional(
-    critic: nn.Module, observations: th.Tensor, kind: type[FunctionalJacobian] = FunctionalJacobian
-) -> FunctionalJacobian:
+    critic: nn.Module, observations: th.Tensor, kind: Callable[..., VectorwiseJacobian] = FunctionalJacobian
+) -> VectorwiseJacobian:
     parameters: dict[str, th.Tensor] = dict(critic.named_parameters())
     return kind(
         lambda p: th.func.functional_call(critic, p, (observations,)).flatten(), parameters, th.Generator().manual_seed(0)
@@ -54,7 +55,10 @@ def is_chain(body: nn.Sequential) -> bool:
     return not any(isinstance(module, nn.Conv2d) for module in body)
 
 
-@pytest.fixture(params=["layers", "chain", "functional", "autograd"])
+THROUGH_TORCH = {"functional": FunctionalJacobian, "autograd": AutogradJacobian, "formed": FormedJacobian}
+
+
+@pytest.fixture(params=["layers", "chain", *THROUGH_TORCH])
 def jacobian_and_dense(request, body):
     observations = th.randn(11, 3, dtype=th.float64)
     if request.param == "layers" or (request.param == "chain" and not is_chain(body)):
@@ -62,7 +66,7 @@ def jacobian_and_dense(request, body):
     elif request.param == "chain":
         jacobian = ChainJacobian(Chain(list(body)), observations)
     else:
-        jacobian = functional(body, observations, FunctionalJacobian if request.param == "functional" else AutogradJacobian)
+        jacobian = functional(body, observations, THROUGH_TORCH[request.param])
     function, flat = as_flat_function(body, observations)
     return jacobian, th.autograd.functional.jacobian(lambda p: function(p).flatten(), flat), body(observations).flatten()
 
@@ -118,6 +122,36 @@ def test_products_in_threads_are_the_same():
     with ThreadPoolExecutor(2) as pool:
         for found, wanted in zip(pool.map(products, bodies), expected, strict=True):
             th.testing.assert_close(th.stack(found), wanted.expand(100, -1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_products_that_are_not_of_one_matrix_are_noticed(part):
+    """Whichever parameter's part of J v is missing, and however small it is."""
+    th.manual_seed(0)
+    body, observations = BODIES["tanh"]().double(), th.randn(11, 3, dtype=th.float64)
+    with th.no_grad():
+        body[4].weight *= 1e-4
+    jacobian = functional(body, observations, FormedJacobian)
+    sizes = [parameter.numel() for parameter in body.parameters()]
+    J_v = jacobian._J_v
+    assert jacobian.is_consistent()
+    jacobian._J_v = lambda v: J_v(th.cat([0 * x if i == part else x for i, x in enumerate(v.split(sizes))]))
+    assert not jacobian.is_consistent()
+
+
+def test_flat_gradient_of_what_depends_on_some_parameters():
+    x, y, z = (th.tensor(value, dtype=th.float64, requires_grad=True) for value in ([2.0, 3.0], [[5.0]], [7.0]))
+    expected = th.tensor([2 * 2 * 5 + 1, 2 * 3 * 5 + 1, 2**2 + 3**2, 0], dtype=th.float64)
+    gradient = flat_gradient([x.detach().sum(), (x**2 * y).sum(), x.sum()], [x, y, z])
+    th.testing.assert_close(gradient, expected, rtol=0, atol=0)
+    outputs = [x.detach(), x**2 * y[0], x.sum()]
+    weights = [th.ones(2), th.tensor([1.0, -1.0], dtype=th.float64), th.tensor(0.5, dtype=th.float64)]
+    gradient = flat_gradient(outputs, [x, y, z], weights, create_graph=True)
+    expected = th.tensor([2 * 2 * 5 + 0.5, -2 * 3 * 5 + 0.5, 2**2 - 3**2, 0], dtype=th.float64)
+    th.testing.assert_close(gradient.detach(), expected, rtol=0, atol=0)
+    second = flat_gradient([gradient], [x, y, z], [th.tensor([1.0, 0, 0, 0], dtype=th.float64)])
+    th.testing.assert_close(second, th.tensor([10.0, 0, 4, 0], dtype=th.float64), rtol=0, atol=0)
+    assert flat_gradient([x.detach()], [x, y]).tolist() == [0, 0, 0] and flat_gradient(outputs, []).shape == (0,)
 
 
 def test_hutchinson_is_unbiased():
