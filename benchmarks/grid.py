@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from baselines.ppo_schedule import NOT_SHARED, OF_ITS_OWN
+from baselines.ppo_schedule import NOT_SHARED, OF_ITS_OWN, OVER_A_MILLION_STEPS
 
 from sb3_blpo.zoo import default_hyperparams
 
@@ -53,6 +53,7 @@ class Grid(NamedTuple):
     :param n_evaluations: As in :class:`Cell`
     :param seeds: Seeds
     :param params: By environment, hyperparameters instead of those of BLPO's entry, and so of PPO's with its schedule
+    :param params_of_ppo: By environment, hyperparameters instead of the latter's alone
     """
 
     algorithms: tuple[str, ...]
@@ -60,6 +61,7 @@ class Grid(NamedTuple):
     n_evaluations: int
     seeds: Sequence[int] = range(5)
     params: dict[str, dict[str, Any]] = {}  # noqa: RUF012, as above
+    params_of_ppo: dict[str, dict[str, Any]] = {}  # noqa: RUF012, as above
 
 
 ALGORITHMS = {
@@ -134,7 +136,7 @@ STAGES = {
     # Seeds that were first seen when every hyperparameter was fixed
     "replication": [grid._replace(seeds=range(5, 10)) for grid in STAGE1],
     "stage2": [
-        Grid(MAIN, LONG, n_evaluations=20),
+        Grid(MAIN, LONG, n_evaluations=20, params_of_ppo=OVER_A_MILLION_STEPS),
         Grid(TRPO, LONG, n_evaluations=20),
         Grid(MAIN + TRPO, {"Ant-v5": 1_000_000, "Swimmer-v5": 1_000_000}, n_evaluations=20),
         Grid(MAIN, {"Pendulum-v1": 100_000, "LunarLanderContinuous-v3": 300_000}, n_evaluations=20),
@@ -154,10 +156,11 @@ OUTPUTS = {
 }
 
 
-def _with_params(what: Algorithm, env_id: str, params: dict[str, Any]) -> Algorithm:
+def _with_params(what: Algorithm, env_id: str, grid: Grid) -> Algorithm:
+    params = grid.params.get(env_id, {})
     if what.config == PPO_SCHEDULE:  # what its own trials found stays
         apart = NOT_SHARED | OF_ITS_OWN.get(env_id, {}).keys()
-        params = {name: value for name, value in params.items() if name not in apart}
+        params = {name: value for name, value in params.items() if name not in apart} | grid.params_of_ppo.get(env_id, {})
     elif not what.algo.startswith("blpo"):
         return what
     return what._replace(params=params | what.params)
@@ -172,7 +175,7 @@ def cells_of(grids: Iterable[Grid]) -> list[Cell]:
     for grid in grids:
         for seed, (env_id, budget), name in itertools.product(grid.seeds, grid.budgets.items(), grid.algorithms):
             length, n_evaluations = (0, 1) if name == "random" else (budget, grid.n_evaluations)
-            what = _with_params(ALGORITHMS[name], env_id, grid.params.get(env_id, {}))
+            what = _with_params(ALGORITHMS[name], env_id, grid)
             cell = Cell(name, env_id, length, seed, n_evaluations, what)
             cells[cell[:4]] = cell
     return list(cells.values())
