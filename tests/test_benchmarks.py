@@ -126,6 +126,23 @@ def test_schedule_of_every_entry():
         assert settings == settings | wanted | names["OF_ITS_OWN"].get(env_id, {})
 
 
+def test_what_trials_found_holds_for_its_own_length_and_algorithm(tmp_path):
+    """Walker2d's short runs have rollouts of their own, Hopper's long ones of PPO its discount and networks."""
+
+    def settings(stage, name, env_id):
+        one = next(c for c in grid.cells_of(grid.STAGES[stage]) if (c.algorithm, c.env_id) == (name, env_id))
+        return run.experiment(one, tmp_path).read_hyperparameters()[1]
+
+    ppo = "PPO (BLPO's schedule)"
+    short, long = (settings(stage, ppo, "Hopper-v5") for stage in ("stage1", "stage2"))
+    assert (short["gae_lambda"], long["gae_lambda"]) == (0.98, 0.95)
+    assert "256" in long["policy_kwargs"] and "policy_kwargs" not in short
+    assert settings("stage2", "BLPO", "Hopper-v5")["gae_lambda"] == 0.98
+    short, long = (settings(stage, ppo, "Walker2d-v5") for stage in ("stage1", "stage2"))
+    assert (short["n_steps"], long["n_steps"]) == (256, 512)
+    assert short["batch_size"] == long["batch_size"] == 128 and short["gae_lambda"] == long["gae_lambda"] == 0.9
+
+
 def test_config_names_all_that_matters(monkeypatch):
     one = cell()
     assert run.config_of(one) == run.config_of(cell(seed=1)) == run.config_of(cell(batch_size=32))
