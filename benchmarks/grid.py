@@ -136,8 +136,7 @@ STAGES = {
     # Seeds that were first seen when every hyperparameter was fixed
     "replication": [grid._replace(seeds=range(5, 10)) for grid in STAGE1],
     "stage2": [
-        Grid(MAIN, LONG, n_evaluations=20, params_of_ppo=OVER_A_MILLION_STEPS),
-        Grid(TRPO, LONG, n_evaluations=20),
+        Grid(MAIN + TRPO, LONG, n_evaluations=20, params_of_ppo=OVER_A_MILLION_STEPS),
         Grid(MAIN + TRPO, {"Ant-v5": 1_000_000, "Swimmer-v5": 1_000_000}, n_evaluations=20),
         Grid(MAIN, {"Pendulum-v1": 100_000, "LunarLanderContinuous-v3": 300_000}, n_evaluations=20),
     ],
@@ -170,6 +169,7 @@ def cells_of(grids: Iterable[Grid]) -> list[Cell]:
     """
     :param grids: A stage
     :return: Its cells, seed by seed, so that the first ones say something about every task already
+    :raises ValueError: If two grids have the same cell with different hyperparameters
     """
     cells = {}
     for grid in grids:
@@ -177,5 +177,6 @@ def cells_of(grids: Iterable[Grid]) -> list[Cell]:
             length, n_evaluations = (0, 1) if name == "random" else (budget, grid.n_evaluations)
             what = _with_params(ALGORITHMS[name], env_id, grid)
             cell = Cell(name, env_id, length, seed, n_evaluations, what)
-            cells[cell[:4]] = cell
+            if cells.setdefault(cell[:4], cell) != cell:
+                raise ValueError(f"{cell[:4]} is in two grids, with hyperparameters {cells[cell[:4]].what} and {what}.")
     return list(cells.values())

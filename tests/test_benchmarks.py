@@ -143,6 +143,13 @@ def test_what_trials_found_holds_for_its_own_length_and_algorithm(tmp_path):
     assert short["batch_size"] == long["batch_size"] == 128 and short["gae_lambda"] == long["gae_lambda"] == 0.9
 
 
+def test_a_cell_of_two_grids_has_one_meaning():
+    one = grid.Grid(("BLPO",), {"CartPole-v1": 100}, n_evaluations=2)
+    assert grid.cells_of([one, one]) == grid.cells_of([one])
+    with pytest.raises(ValueError, match="in two grids"):
+        grid.cells_of([one, one._replace(params={"CartPole-v1": {"batch_size": 32}})])
+
+
 def test_config_names_all_that_matters(monkeypatch):
     one = cell()
     assert run.config_of(one) == run.config_of(cell(seed=1)) == run.config_of(cell(batch_size=32))
