@@ -171,7 +171,7 @@ def cells_of(grids: Iterable[Grid]) -> list[Cell]:
     :return: Its cells, seed by seed, so that the first ones say something about every task already
     :raises ValueError: If two grids have the same cell with different hyperparameters
     """
-    cells = {}
+    cells: dict[tuple[str, str, int, int], Cell] = {}
     for grid in grids:
         for seed, (env_id, budget), name in itertools.product(grid.seeds, grid.budgets.items(), grid.algorithms):
             length, n_evaluations = (0, 1) if name == "random" else (budget, grid.n_evaluations)
