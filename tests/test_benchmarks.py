@@ -127,7 +127,7 @@ def test_schedule_of_every_entry():
 
 
 def test_what_trials_found_holds_for_its_own_length_and_algorithm(tmp_path):
-    """Walker2d's short runs have rollouts of their own, Hopper's long ones of PPO its discount and networks."""
+    """Walker2d's short runs have rollouts of their own, Hopper's long ones of PPO a `gae_lambda` and networks."""
 
     def settings(stage, name, env_id):
         one = next(c for c in grid.cells_of(grid.STAGES[stage]) if (c.algorithm, c.env_id) == (name, env_id))
