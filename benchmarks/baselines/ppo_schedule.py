@@ -2,9 +2,9 @@
 PPO with BLPO's schedule, for RL Zoo's `--conf-file`: the entries of hyperparams/blpo.yml without what only BLPO knows.
 
 Where BLPO's defaults are not PPO's, PPO gets BLPO's: the same number of transitions, minibatches and epochs, the actor's rate,
-discounts and clipping. `normalize_advantage` alone stays PPO's own default, True: that is PPO as people run it. On Walker2d
-and Swimmer it has what its own trials found instead (benchmarks/tuning.md), where BLPO has what BLPO's found; over a million
-steps grid.py adds what they found for that length.
+discounts and clipping. `normalize_advantage` alone stays PPO's own default, True: that is PPO as people run it. On Walker2d,
+Ant and Swimmer it has what its own trials found instead (benchmarks/tuning.md), where BLPO has what BLPO's found; over a
+million steps grid.py adds what they found for that length.
 """
 
 import inspect
@@ -22,6 +22,7 @@ OF_BLPO, OF_PPO = (
 )
 #: What PPO's own trials found
 OF_ITS_OWN: dict[str, dict[str, Any]] = {
+    "Ant-v5": {"normalize_advantage": False},
     "Swimmer-v5": {"batch_size": 128},
     "Walker2d-v5": {"batch_size": 128, "learning_rate": "lin_5e-4", "gamma": 0.995, "gae_lambda": 0.9, "clip_range": 0.1},
 }
