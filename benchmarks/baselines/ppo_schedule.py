@@ -29,7 +29,11 @@ OF_ITS_OWN: dict[str, dict[str, Any]] = {
 #: Likewise, over a million steps alone
 OVER_A_MILLION_STEPS: dict[str, dict[str, Any]] = {
     "HalfCheetah-v5": {"learning_rate": "lin_5e-4"},
-    "Hopper-v5": {"gae_lambda": 0.95, "policy_kwargs": "dict(activation_fn=nn.ReLU, net_arch=[256, 256])"},
+    "Hopper-v5": {
+        "gae_lambda": 0.95,
+        "clip_range": 0.1,
+        "policy_kwargs": "dict(activation_fn=nn.ReLU, net_arch=[256, 256])",
+    },
 }
 NOT_SHARED = {"normalize_advantage", *(OF_BLPO.keys() - OF_PPO.keys())}
 
