@@ -220,7 +220,7 @@ MODELS = st.fixed_dictionaries(
 #: What may be said of a fault
 MESSAGES = re.compile(
     r"The rollout's `.*` hold NaN or infinity, so BLPO stopped before any weight was changed\."
-    r"|The (critic's|actor's|sum of|approximate) .* is (nan|inf|-inf) in update \d+, after \d+ timesteps; "
+    r"|The (critic's|actor's|largest of|approximate) .* is (nan|inf|-inf) in update \d+, after \d+ timesteps; "
     r"networks and optimizers were put back to the start of that minibatch\. .*"
 )
 
