@@ -127,7 +127,7 @@ def test_schedule_of_every_entry():
 
 
 def test_what_trials_found_holds_for_its_own_length_and_algorithm(tmp_path):
-    """Walker2d's short runs have rollouts of their own, Hopper's long ones of PPO a `gae_lambda` and networks."""
+    """Walker2d's short runs have rollouts of their own, Hopper's long ones of PPO a `gae_lambda`, clipping and networks."""
 
     def settings(stage, name, env_id):
         one = next(c for c in grid.cells_of(grid.STAGES[stage]) if (c.algorithm, c.env_id) == (name, env_id))
@@ -137,6 +137,7 @@ def test_what_trials_found_holds_for_its_own_length_and_algorithm(tmp_path):
     short, long = (settings(stage, ppo, "Hopper-v5") for stage in ("stage1", "stage2"))
     assert (short["gae_lambda"], long["gae_lambda"]) == (0.98, 0.95)
     assert "256" in long["policy_kwargs"] and "policy_kwargs" not in short
+    assert long["clip_range"] == 0.1 and "clip_range" not in short
     assert settings("stage2", "BLPO", "Hopper-v5")["gae_lambda"] == 0.98
     short, long = (settings(stage, ppo, "Walker2d-v5") for stage in ("stage1", "stage2"))
     assert (short["n_steps"], long["n_steps"]) == (256, 512)
