@@ -316,6 +316,17 @@ def test_cg_fails_where_it_meets_negative_curvature(scale):
     assert solution.iterations == 1 and not solution.ok
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("call", range(1, 8))
+def test_cg_fails_where_an_inner_product_is_not_finite(call, bad, monkeypatch):
+    """Whichever: three of each iteration, after the norm of g."""
+    curvature, *_ = system("random", "parameters")
+    dot, products = curvature.dot, itertools.count(1)
+    monkeypatch.setattr(curvature, "dot", lambda x, y: dot(x, y) * (bad if next(products) == call else 1))
+    solution = ConjugateGradient(50, 1e-6).solve(curvature, th.tensor(1.0, dtype=th.float64))
+    assert not solution.ok and solution.iterations == max(call - 2, 0) // 3 and next(products) <= call + 3
+
+
 def indefinite() -> tuple[Hessian, th.Tensor, th.Tensor, th.Tensor]:
     th.manual_seed(0)
     body, observations = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double(), th.randn(12, 3, dtype=th.float64)

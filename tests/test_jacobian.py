@@ -139,6 +139,20 @@ def test_products_that_are_not_of_one_matrix_are_noticed(part):
     assert not jacobian.is_consistent()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("element", [0, 5])
+@pytest.mark.parametrize("kind", [FormedJacobian, LayerJacobian])
+def test_what_is_not_finite_says_nothing_about_the_products(kind, element, bad):
+    """It is an error of the numbers: no reason to take another kind of Jacobian from then on."""
+    th.manual_seed(0)
+    body, observations = BODIES["tanh"]().double(), th.randn(11, 3, dtype=th.float64)
+    jacobian = LayerJacobian(body, observations) if kind is LayerJacobian else functional(body, observations, kind)
+    name = "Jt_w" if kind is LayerJacobian else "_J_v"
+    product = getattr(jacobian, name)
+    setattr(jacobian, name, lambda x: product(x).index_fill(0, th.tensor(element), bad))
+    assert jacobian.is_consistent()
+
+
 def test_flat_gradient_of_what_depends_on_some_parameters():
     x, y, z = (th.tensor(value, dtype=th.float64, requires_grad=True) for value in ([2.0, 3.0], [[5.0]], [7.0]))
     expected = th.tensor([2 * 2 * 5 + 1, 2 * 3 * 5 + 1, 2**2 + 3**2, 0], dtype=th.float64)

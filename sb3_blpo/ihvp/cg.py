@@ -36,19 +36,19 @@ class ConjugateGradient(Solver):
             if not ok:
                 return Solution(x, ok)
         r = curvature.g
-        g_norm = curvature.dot(r, r).clamp_min(0).sqrt()
+        g_norm = _norm(curvature, r)
         stop = self.tol * g_norm
         p, r_z_old = th.zeros_like(r), th.ones_like(stop)
         for iteration in range(self.max_iter):
-            r_norm = curvature.dot(r, r).clamp_min(0).sqrt()
-            if r_norm <= stop:
+            r_norm = _norm(curvature, r)
+            if not r_norm > stop:  # NaN ends it as well
                 return Solution(x, (r_norm + stop).isfinite(), iteration)
             z = r if precondition is None else precondition(r)
             r_z = curvature.dot(r, z)
             p = z + r_z / r_z_old * p
             A_p = curvature.H_v(p) + alpha * p
             p_A_p = curvature.dot(p, A_p)
-            if not (p_A_p > 0 and r_z > 0):  # NaN fails as well
+            if not (0 < p_A_p < th.inf and r_z > 0):  # NaN fails as well
                 # Where only rounding is left of the residual, the signs mean nothing and x is as good as it gets
                 good = r_norm <= th.finfo(x.dtype).eps ** 0.5 * g_norm
                 return Solution(x, good & (p_A_p + r_z).isfinite(), iteration)
@@ -57,3 +57,9 @@ class ConjugateGradient(Solver):
             r = r - step * A_p
             r_z_old = r_z
         return Solution(x, x.isfinite().all(), self.max_iter)
+
+
+def _norm(curvature: Curvature, r: th.Tensor) -> th.Tensor:
+    """0 where rounding makes its square negative, NaN where that is not finite."""
+    squared = curvature.dot(r, r)
+    return squared.where(squared.isfinite(), th.nan).clamp_min(0).sqrt()
