@@ -524,8 +524,8 @@ class BLPO(OnPolicyAlgorithm):
 
     def _log(self, stats: list[dict[str, th.Tensor]], first_of_epoch: int, clip_range: float) -> None:
         """Log SB3's PPO keys and BLPO's own, from one host copy of all minibatches' statistics."""
-        table = th.stack([th.stack([value.float() for value in row.values()]) for row in stats]).cpu().numpy()
-        columns = dict(zip(stats[0], table.T, strict=True))
+        table = th.stack([th.stack([row[name] for row in stats]).float() for name in stats[0]]).cpu().numpy()
+        columns = dict(zip(stats[0], table, strict=True))
         means = {name: column.mean() for name, column in columns.items()}
         means["loss"] = columns["loss"][-1]
         means["approx_kl"] = columns["approx_kl"][first_of_epoch:].mean()

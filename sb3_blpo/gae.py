@@ -7,6 +7,7 @@ rewards and the values that they bootstrap from, and both the leader's gradient 
 are traces.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch as th
@@ -29,6 +30,13 @@ def _scan(x: th.Tensor, decay: th.Tensor) -> th.Tensor:
     return x
 
 
+@functools.lru_cache(maxsize=8)
+def _powers(n_steps: int, discount: float, dtype: th.dtype, device: th.device) -> th.Tensor:
+    """discount^(k - t) for k >= t, else 0 (n_steps, n_steps): the same for all blocks of one length."""
+    time = th.arange(n_steps, device=device)
+    return (th.tensor(discount, dtype=dtype, device=device) ** (time - time[:, None]).clamp_min(0)).triu()
+
+
 class DiscountedSum:
     """
     The operator U on (n_steps, n_envs) tensors: y_t = x_t + gamma lambda (1 - d_t) y_{t+1}.
@@ -48,11 +56,9 @@ class DiscountedSum:
         self.matrix: th.Tensor | None = None
         if len(done) <= self.max_matrix_steps:
             # U[t, k] = (gamma lambda)^(k - t) from t on to the end of its episode (n_envs, T, T)
-            time = th.arange(len(done), device=done.device)
-            powers = th.tensor(discount, dtype=done.dtype, device=done.device) ** (time - time[:, None]).clamp_min(0)
             ended = done.long()
             episode = (ended.cumsum(0) - ended).T
-            self.matrix = (powers * (episode[:, :, None] == episode[:, None])).triu()
+            self.matrix = _powers(len(done), discount, done.dtype, done.device) * (episode[:, :, None] == episode[:, None])
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
         """
