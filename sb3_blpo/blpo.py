@@ -27,7 +27,7 @@ from sb3_blpo.checks import check_arguments, check_finite, scheduled
 from sb3_blpo.hypergradient import Hypergradient, hypergradient
 from sb3_blpo.ihvp import Solver, make_solver
 from sb3_blpo.jacobian import MAX_JACOBIAN_BYTES
-from sb3_blpo.optimizers import Gradient, leave_to, make_optimizer, optimizes, parameters_of, undone_on_error
+from sb3_blpo.optimizers import Descent, leave_to, make_optimizer, optimizes, parameters_of
 from sb3_blpo.policies import StandIn, appearance, has_own, split_parameters, unshare_features_extractor
 from sb3_blpo.segments import Rollout, Segment, Truncation, each
 
@@ -375,12 +375,12 @@ class BLPO(OnPolicyAlgorithm):
         self._update_learning_rates()
         clip_range = scheduled("clip_range", self.clip_range, self._current_progress_remaining)
         buffers = list(self.policy.buffers())
-        actor_gradient, critic_gradient = Gradient(self.policy.optimizer), Gradient(self.critic_optimizer)
+        actor_descent, critic_descent = Descent(self.policy.optimizer), Descent(self.critic_optimizer)
         segments = self._segments()
         if self.solver is not None:
             assert self.sketch_generator is not None
-            self.solver.draw(critic_gradient.vector, self.sketch_generator)
-            self.critic.jacobian_is_right = False
+            self.solver.draw(critic_descent.vector, self.sketch_generator)
+            self.critic.start()
 
         stats: list[dict[str, th.Tensor]] = []
         first_of_epoch = 0
@@ -390,14 +390,13 @@ class BLPO(OnPolicyAlgorithm):
             # Every minibatch is a stretch of time; their order is random
             for index in th.randperm(len(segments), device="cpu").tolist():
                 segment = segments[index]
-                with undone_on_error(self.critic_optimizer, buffers), th.inference_mode(self._by_hand):
+                with critic_descent.undone_on_error(buffers), th.inference_mode(self._by_hand):
                     # Follower: nested updates towards the best response to the current actor
-                    critic_updates = [self._update_critic(segment, critic_gradient) for _ in range(self.n_critic_updates)]
+                    critic_updates = [self._update_critic(segment, critic_descent) for _ in range(self.n_critic_updates)]
                     # Leader: the hypergradient under the new critic
                     leader = self._hypergradient(segment, clip_range, with_residual=not stats)
                     actor_norm = th.linalg.vector_norm(leader.gradient)
                     clip = (self.max_grad_norm / (actor_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_
-                    actor_gradient.set(leader.gradient * -clip)
                     approx_kl = self._check_minibatch(critic_updates, leader, actor_norm)
                 critic_losses = th.stack([update.loss for update in critic_updates])
                 stats.append(leader.stats | {"critic_loss_before": critic_losses[0], "value_loss": critic_losses.mean()})
@@ -406,7 +405,7 @@ class BLPO(OnPolicyAlgorithm):
                     if self.verbose >= 1:
                         print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                     break
-                self.policy.optimizer.step()
+                actor_descent.step(leader.gradient * -clip)
             self._n_updates += 1
             if not continue_training:
                 break
@@ -457,12 +456,10 @@ class BLPO(OnPolicyAlgorithm):
         )
         return list(rollout.segments(self.batch_size))
 
-    def _update_critic(self, segment: Segment, critic_gradient: Gradient) -> CriticUpdate:
+    def _update_critic(self, segment: Segment, critic_descent: Descent) -> CriticUpdate:
         """One step of the follower on the mean squared error against the rollout's lambda-returns."""
         loss, gradient = self.critic.loss_and_gradient(segment.states, segment.returns)
-        critic_gradient.set(gradient)
-        with th.inference_mode(False):  # its state, and what its hooks make of it, is used elsewhere too
-            self.critic_optimizer.step()
+        critic_descent.step(gradient)
         return CriticUpdate(loss, th.linalg.vector_norm(gradient))
 
     def _hypergradient(self, segment: Segment, clip_range: float, with_residual: bool) -> Hypergradient:

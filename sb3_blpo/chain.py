@@ -12,8 +12,8 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-#: A scalar on the CPU goes with tensors of any type and device
-MINUS_ONE = th.tensor(-1.0, device="cpu")
+#: Scalars on the CPU go with tensors of any type and device, and faster than Python's numbers
+ONE, MINUS_ONE = th.tensor(1.0, device="cpu"), th.tensor(-1.0, device="cpu")
 
 
 class Tape(NamedTuple):
@@ -53,10 +53,13 @@ class Tape(NamedTuple):
         :param weights: Of the rows in the sum (n_rows,); ``None``: all 1
         :return: The sum's gradients by the chain's parameters, flattened
         """
+        column = None if weights is None else weights[:, None]
         gradients = []
         for layer, h, signal in zip(self.layers, self.inputs, signals, strict=True):
-            weighted = signal if weights is None else signal * weights[:, None]
-            gradients.append((weighted.T @ h).flatten())
+            weighted = signal if column is None else signal * column
+            # The smaller factor first: for a few inputs MKL is two to three times faster that way round
+            product = weighted.T @ h if h.shape[1] >= weighted.shape[1] else (h.T @ weighted).T
+            gradients.append(product.flatten())
             if layer.bias is not None:
                 gradients.append(weighted.sum(dim=0))
         return gradients

@@ -127,7 +127,7 @@ class GramGaussNewton(Curvature):
         super().__init__(jacobian, c.double(), n_steps)
         self.whole = whole
         if whole:
-            self.K = jacobian.gram().double()
+            self.K = jacobian.gram().double()  # symmetric
 
     def _K_x(self, x: th.Tensor) -> th.Tensor:
         if self.whole:
@@ -153,13 +153,13 @@ class GramGaussNewton(Curvature):
 
     def restrict(self, rows: th.Tensor) -> Restriction:
         K = self.jacobian.gram(rows).double()
-        B = K[: self.n_steps]
+        B = K[:, : self.n_steps]
         return Restriction(
-            2 / self.n_steps * B.T @ B,
-            K[rows],
-            self.g @ K,
+            (B @ B.T).mul_(2 / self.n_steps),
+            K.index_select(1, rows),
+            K @ self.g,
             lambda y: th.zeros_like(self.g).index_copy(0, rows, y),
-            lambda y: (B @ y).to(self.jacobian.values.dtype),
+            lambda y: (y @ B).to(self.jacobian.values.dtype),
         )
 
     def sketch_of_rows(self, rows: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

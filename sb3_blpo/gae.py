@@ -59,15 +59,17 @@ class DiscountedSum:
             ended = done.long()
             episode = (ended.cumsum(0) - ended).T
             self.matrix = _powers(len(done), discount, done.dtype, done.device) * (episode[:, :, None] == episode[:, None])
+            if len(self.matrix) == 1:  # one environment, (T, T): a plain product takes half the time of a batch of one
+                self.matrix = self.matrix[0]
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: (n_steps, n_envs)
         :return: U x (n_steps, n_envs)
         """
-        if self.matrix is not None:
-            return (self.matrix @ x.T[:, :, None])[:, :, 0].T
-        return _scan(x.flip(0), self.keep.flip(0)).flip(0)
+        if self.matrix is None:
+            return _scan(x.flip(0), self.keep.flip(0)).flip(0)
+        return self._product(self.matrix, x)
 
     def adjoint(self, w: th.Tensor) -> th.Tensor:
         """
@@ -76,9 +78,13 @@ class DiscountedSum:
         :param w: (n_steps, n_envs)
         :return: U^T w (n_steps, n_envs)
         """
-        if self.matrix is not None:
-            return (w.T[:, None] @ self.matrix)[:, 0].T
-        return _scan(w, self.keep.roll(1, 0))
+        if self.matrix is None:
+            return _scan(w, self.keep.roll(1, 0))
+        return self._product(self.matrix.mT, w)
+
+    @staticmethod
+    def _product(matrix: th.Tensor, x: th.Tensor) -> th.Tensor:
+        return matrix @ x if matrix.ndim == 2 else (matrix @ x.T[:, :, None])[:, :, 0].T
 
 
 class ValueCoefficients(NamedTuple):

@@ -63,7 +63,7 @@ class Jacobian(ABC):
     def gram(self, rows: th.Tensor | None = None) -> th.Tensor:
         """
         :param rows: Indices of k rows of J (k,); ``None``: all of them
-        :return: Their columns of the Gram matrix J J^T (n_rows, k)
+        :return: These rows of the Gram matrix J J^T (k, n_rows)
         """
 
     @abstractmethod
@@ -128,7 +128,7 @@ class VectorwiseJacobian(Jacobian):
     def gram(self, rows: th.Tensor | None = None) -> th.Tensor:
         identity = th.eye(len(self.values), dtype=self.values.dtype, device=self.values.device)
         if rows is not None:
-            return th.stack([self.J_v(self.Jt_w(row)) for row in identity[rows]], dim=1)
+            return th.stack([self.J_v(self.Jt_w(row)) for row in identity[rows]])
         J_transposed = self.Jt_w(identity)
         return J_transposed.T @ J_transposed
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from sb3_blpo.chain import Chain
+from sb3_blpo.chain import ONE, Chain
 from sb3_blpo.jacobian import Jacobian, flat_gradient, hessian_v
 
 
@@ -48,7 +48,7 @@ class LayerRows(ABC):
     def gram(self, rows: slice | th.Tensor) -> th.Tensor:
         """
         :param rows: k rows of J
-        :return: The layer's part of their columns of J J^T (n_rows, k)
+        :return: The layer's part of these rows of J J^T (k, n_rows)
         """
 
     @abstractmethod
@@ -59,25 +59,79 @@ class LayerRows(ABC):
         """
 
 
+class Inputs:
+    """
+    What a Linear layer's inputs contribute to products of its rows of J, whatever its signals.
+
+    :param h: The inputs (n_rows, n_in)
+    :param has_bias: Whether the layer has a bias, which sees the constant input 1
+    """
+
+    def __init__(self, h: th.Tensor, has_bias: bool) -> None:
+        self.h = h
+        self.has_bias = has_bias
+
+    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+        """
+        :param rows: k rows
+        :return: Inner products of their inputs with all (k, n_rows)
+        """
+        gram = self.h[rows] @ self.h.T
+        return gram.add_(ONE) if self.has_bias else gram
+
+    def squared_norms(self) -> th.Tensor:
+        """
+        :return: Of each row's inputs (n_rows,)
+        """
+        squared_norms = th.linalg.vecdot(self.h, self.h)
+        return squared_norms.add_(ONE) if self.has_bias else squared_norms
+
+
+class KnownInputs(Inputs):
+    """
+    Those of a first layer, which do not depend on the parameters: what was computed last is kept.
+
+    :param h: The inputs (n_rows, n_in)
+    :param has_bias: As in :class:`Inputs`
+    """
+
+    def __init__(self, h: th.Tensor, has_bias: bool) -> None:
+        super().__init__(h, has_bias)
+        self._rows: th.Tensor | None = None
+
+    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+        if isinstance(rows, slice):  # of the size of the minibatch squared
+            return super().gram(rows)
+        if rows is not self._rows:
+            self._rows, self._gram = rows, super().gram(rows)
+        return self._gram
+
+    @functools.cached_property
+    def _squared_norms(self) -> th.Tensor:
+        return super().squared_norms()
+
+    def squared_norms(self) -> th.Tensor:
+        return self._squared_norms
+
+
 class LinearRows(LayerRows):
     """
     Of a Linear layer: the gradient of V(s_j) by its weight is the outer product of the layer's signal delta[j] = dV/dz and its
     input h[j], so every product is a matrix product with these factors.
 
     :param layer: The layer
-    :param h: Its inputs (n_rows, n_in)
+    :param inputs: Its inputs (n_rows, n_in)
     :param signal: Derivatives of the values by its outputs (n_rows, n_out)
     """
 
     #: Largest number of elements of an intermediate result, unless a single vector needs more
     chunk_elements = 2**24
 
-    def __init__(self, layer: nn.Linear, h: th.Tensor, signal: th.Tensor) -> None:
-        self.h = h
+    def __init__(self, layer: nn.Linear, inputs: Inputs, signal: th.Tensor) -> None:
+        self.inputs = inputs
+        self.h = inputs.h
         self.signal = signal
-        self.has_bias = layer.bias is not None
-        #: A bias sees the constant input 1
-        self.bias_input = h.new_full((), self.has_bias)
+        self.has_bias = inputs.has_bias
         self.n_weights = layer.weight.numel()
 
     def _in_groups(self, product: Callable[[th.Tensor], th.Tensor], vectors: th.Tensor) -> th.Tensor:
@@ -120,11 +174,27 @@ class LinearRows(LayerRows):
         return self.signal[:, out_index] * inputs[:, in_index]
 
     def gram(self, rows: slice | th.Tensor) -> th.Tensor:
-        return th.addmm(self.bias_input, self.h, self.h[rows].T).mul_(self.signal @ self.signal[rows].T)
+        return (self.signal[rows] @ self.signal.T).mul_(self.inputs.gram(rows))
 
     def squared_norm(self, n: int) -> th.Tensor:
-        h, signal = self.h[:n], self.signal[:n]
-        return (th.linalg.vecdot(h, h) + self.bias_input) @ th.linalg.vecdot(signal, signal)
+        signal = self.signal[:n]
+        return self.inputs.squared_norms()[:n] @ th.linalg.vecdot(signal, signal)
+
+
+class OutputRows(LinearRows):
+    """
+    Of the Linear layer whose outputs are the values, so that its signal is 1.
+
+    :param layer: The layer
+    :param inputs: Its inputs (n_rows, n_in)
+    :param signal: Ones (n_rows, 1)
+    """
+
+    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+        return self.inputs.gram(rows)
+
+    def squared_norm(self, n: int) -> th.Tensor:
+        return self.inputs.squared_norms()[:n].sum()
 
 
 class ConvRows(LayerRows):
@@ -161,7 +231,7 @@ class ConvRows(LayerRows):
         return self.rows[:, index]
 
     def gram(self, rows: slice | th.Tensor) -> th.Tensor:
-        return self.rows @ self.rows[rows].T
+        return self.rows[rows] @ self.rows.T
 
     def squared_norm(self, n: int) -> th.Tensor:
         return self.rows[:n].square().sum()
@@ -227,7 +297,9 @@ class LayerJacobian(Jacobian):
     def parts(self) -> list[LayerRows]:
         """Each layer's part of J."""
         return [
-            ConvRows(layer, h, signal) if isinstance(layer, nn.Conv2d) else LinearRows(layer, h, signal)
+            ConvRows(layer, h, signal)
+            if isinstance(layer, nn.Conv2d)
+            else LinearRows(layer, Inputs(h, layer.bias is not None), signal)
             for layer, h, signal in zip(self.layers, self._inputs, self._signals(), strict=True)
         ]
 
@@ -291,15 +363,24 @@ class ChainJacobian(LayerJacobian):
 
     :param chain: The layers and activations, with one output
     :param inputs: What goes into the first of them (n_rows, n_in)
+    :param first: The first layer's inputs, where another Jacobian had the same; ``None``: they are made
     """
 
-    def __init__(self, chain: Chain, inputs: th.Tensor) -> None:
+    def __init__(self, chain: Chain, inputs: th.Tensor, first: KnownInputs | None = None) -> None:
         self.tape = chain.tape(inputs)
+        self.first = KnownInputs(self.tape.inputs[0], chain.layers[0].bias is not None) if first is None else first
         super().__init__(chain, inputs, chain.layers)
 
     def _forward(self) -> th.Tensor:
-        self._inputs = self.tape.inputs
         return self.tape.outputs[:, 0]
 
-    def _signals(self) -> Sequence[th.Tensor]:
-        return self.tape.signals(th.ones_like(self.tape.outputs))
+    @functools.cached_property
+    def parts(self) -> list[LayerRows]:
+        """Each layer's part of J."""
+        tape = self.tape
+        kinds: list[type[LinearRows]] = [LinearRows] * len(tape.layers)
+        if not tape.pullbacks[-1]:
+            kinds[-1] = OutputRows
+        inputs = [self.first, *(Inputs(h, layer.bias is not None) for layer, h in zip(tape.layers[1:], tape.inputs[1:], strict=True))]
+        signals = tape.signals(th.ones_like(tape.outputs))
+        return [kind(*of_layer) for kind, *of_layer in zip(kinds, tape.layers, inputs, signals, strict=True)]

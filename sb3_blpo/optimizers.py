@@ -3,12 +3,13 @@ The optimizers of leader and follower: how they are made, their parameters and g
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
+from torch.optim import optimizer as of_torch
 
 
 def make_optimizer(
@@ -70,59 +71,136 @@ def leave_to(first: th.optim.Optimizer, other: th.optim.Optimizer) -> None:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
 
 
-class Gradient:
+class FusedAdam:
     """
-    The gradients of an optimizer's parameters as one vector.
+    Torch's kernel of Adam, without what ``Adam.step()`` does around it: for small networks that takes longer than the kernel,
+    and there are ``n_critic_updates + 1`` steps a minibatch. What it does to parameters and state is the same to the last bit.
+
+    :param optimizer: Which :meth:`serves`
+    :param gradients: Of its parameters
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer, gradients: list[th.Tensor]) -> None:
+        (group,) = optimizer.param_groups
+        parameters = parameters_of(optimizer)
+        state = [optimizer.state[parameter] for parameter in parameters]
+        #: The parameters' numbers of steps, which the optimizer has parts of, so that one operation counts on
+        self.steps = th.stack([entries["step"] for entries in state])
+        for entries, step in zip(state, self.steps, strict=True):
+            entries["step"] = step
+        first, second = ([entries[name] for entries in state] for name in ("exp_avg", "exp_avg_sq"))
+        self._tensors = (parameters, gradients, first, second, [], list(self.steps))
+        self._settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        self._settings |= zip(("beta1", "beta2"), group["betas"], strict=True)
+        self._changed = [x.detach().view(-1) for x in (*parameters, *first, *second, self.steps)]
+
+    @staticmethod
+    def serves(optimizer: th.optim.Optimizer) -> bool:
+        """
+        :param optimizer: Any optimizer
+        :return: Whether it is Adam as SB3 makes it, with its state on the CPU, and nobody looks on when it steps
+        """
+        hooks = (
+            optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
+            of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks,
+        )  # fmt: skip
+        if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1 or any(hooks) or "step" in vars(optimizer):
+            return False
+        group, parameters = optimizer.param_groups[0], parameters_of(optimizer)
+        if not group["fused"] or group["amsgrad"] or group.get("decoupled_weight_decay"):
+            return False
+        tensors = [x for parameter in parameters for x in (parameter, *optimizer.state.get(parameter, {}).values())]
+        plain = all(x.is_contiguous() and x.device.type == "cpu" and x.dtype == th.float32 for x in tensors)
+        numbers = all(isinstance(x, float | int) for x in (group["lr"], *group["betas"]))
+        return plain and numbers and len(tensors) == 4 * len(parameters) > 0  # none before the first step
+
+    @th.no_grad()
+    def step(self) -> None:
+        """What ``Adam.step()`` does."""
+        self.steps += 1
+        th._fused_adam_(*self._tensors, **self._settings)
+
+    def remember(self) -> Callable[[], None]:
+        """
+        :return: What puts everything that steps change back to what it is now
+        """
+        before = th.cat(self._changed)
+
+        def put_back() -> None:
+            for x, value in zip(self._changed, before.split([len(x) for x in self._changed]), strict=True):
+                x.copy_(value)
+
+        return put_back
+
+
+class Descent:
+    """
+    Steps of an optimizer along gradients that are given as one vector.
 
     :param optimizer: The optimizer; the ``grad`` of frozen parameters is set to ``None``
     """
 
     def __init__(self, optimizer: th.optim.Optimizer) -> None:
         optimizer.zero_grad()
+        self.optimizer = optimizer
         parameters = parameters_of(optimizer)
         for parameter in parameters:
             # Fused optimizers go through parameter and gradient in the order of memory
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
         example = parameters[0] if parameters else th.zeros(0)
-        #: Of :func:`parameters_of` the optimizer, flattened and joined
+        #: The gradient by :func:`parameters_of` the optimizer, flattened and joined
         self.vector = th.zeros(sum(p.numel() for p in parameters), dtype=example.dtype, device=example.device)
         parts = self.vector.split([parameter.numel() for parameter in parameters])
         self._views = [(parameter, part.view_as(parameter)) for parameter, part in zip(parameters, parts, strict=True)]
+        self._fused = FusedAdam(optimizer, [view for _, view in self._views]) if FusedAdam.serves(optimizer) else None
 
-    def set(self, gradient: th.Tensor) -> None:
+    def step(self, gradient: th.Tensor) -> None:
         """
-        Give each parameter its part, whatever hooks have put in the place of the last one.
-
-        :param gradient: The vector's new content
+        :param gradient: What to step along (n_params,)
         """
         self.vector.copy_(gradient)
         for parameter, view in self._views:
-            if parameter.grad is not view:
+            if parameter.grad is not view:  # hooks may have put something else in its place
                 parameter.grad = view
+        if self._fused is not None:
+            self._fused.step()
+        else:
+            with th.inference_mode(False):  # its state, and what its hooks make of it, is used elsewhere too
+                self.optimizer.step()
 
+    @contextlib.contextmanager
+    def undone_on_error(self, buffers: list[th.Tensor]) -> Iterator[None]:
+        """
+        Put back what a minibatch changes before its last check, the parameters, the optimizer's state and the networks'
+        buffers, if the block raises.
 
-@contextlib.contextmanager
-def undone_on_error(optimizer: th.optim.Optimizer, buffers: list[th.Tensor]) -> Iterator[None]:
-    """
-    Put back what a minibatch changes before its last check, the critic, its optimizer's state and the networks' buffers, if
-    the block raises.
+        :param buffers: The policy's, which forward passes change (statistics of normalisation layers)
+        :return: A context manager
+        """
+        before = [(buffer, buffer.clone()) for buffer in buffers]
+        put_back = self._remember() if self._fused is None else self._fused.remember()
+        try:
+            yield
+        except BaseException:
+            with th.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
+                put_back()
+            raise
 
-    :param optimizer: The critic's optimizer
-    :param buffers: The policy's, which forward passes change (statistics of normalisation layers)
-    :return: A context manager
-    """
-    before = [(tensor, tensor.detach().clone()) for tensor in (*parameters_of(optimizer), *buffers)]
-    state = {
-        parameter: {key: value.clone() if isinstance(value, th.Tensor) else value for key, value in entries.items()}
-        for parameter, entries in optimizer.state.items()
-    }
-    try:
-        yield
-    except BaseException:
-        with th.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
-        optimizer.state.clear()
-        optimizer.state.update(state)
-        raise
+    def _remember(self) -> Callable[[], None]:
+        """Return what puts parameters and state back to what they are now."""
+        before = [(parameter, parameter.detach().clone()) for parameter in parameters_of(self.optimizer)]
+        state = {
+            parameter: {key: value.clone() if isinstance(value, th.Tensor) else value for key, value in entries.items()}
+            for parameter, entries in self.optimizer.state.items()
+        }
+
+        def put_back() -> None:
+            for parameter, value in before:
+                parameter.copy_(value)
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state)
+
+        return put_back

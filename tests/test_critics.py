@@ -162,7 +162,7 @@ def check_products(model: BLPO, kind: type[Jacobian]) -> None:
     J = th.stack([th.cat([part.flatten() for part in row]) for row in gradients])
     v, w = th.randn(J.shape[1]), th.randn(5)
     actual = (jacobian.J_v(v), jacobian.Jt_w(w), jacobian.gram(th.tensor([2])), jacobian.columns(th.tensor([7])))
-    th.testing.assert_close(actual, (J @ v, J.T @ w, J @ J[[2]].T, J[:, [7]]))
+    th.testing.assert_close(actual, (J @ v, J.T @ w, J[[2]] @ J.T, J[:, [7]]))
 
 
 def test_such_a_critic_behind_a_small_head() -> None:

@@ -321,7 +321,7 @@ def test_curvature_that_is_not_finite(solver: str, value: float, monkeypatch: py
     """Whatever linear algebra makes of it, no error escapes."""
 
     def gram(self: LayerJacobian, rows: th.Tensor | None = None) -> th.Tensor:
-        return self.values.new_full((len(self.values), len(self.values if rows is None else rows)), value)
+        return self.values.new_full((len(self.values if rows is None else rows), len(self.values)), value)
 
     monkeypatch.setattr(LayerJacobian, "gram", gram)
     model = small(ihvp_solver=solver).learn(32)

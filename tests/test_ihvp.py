@@ -36,7 +36,7 @@ class DenseJacobian(Jacobian):
         return self.J[:, index]
 
     def gram(self, rows=None):
-        return self.J @ (self.J if rows is None else self.J[rows]).T
+        return (self.J if rows is None else self.J[rows]) @ self.J.T
 
     def squared_norm(self, n):
         return self.J[:n].square().sum()

@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 from sb3_blpo.actor_critic import Actor, Critic
 from sb3_blpo.chain import Chain
 from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian, FunctionalJacobian, Jacobian, VectorwiseJacobian, flat_gradient
-from sb3_blpo.layers import ChainJacobian, ConvRows, LayerJacobian, LinearRows
+from sb3_blpo.layers import ChainJacobian, ConvRows, Inputs, LayerJacobian, LinearRows
 from sb3_blpo.policies import ELEMENTWISE, split_parameters, unshare_features_extractor
 
 BODIES = {
@@ -82,7 +82,7 @@ def test_products_equal_the_dense_jacobian(jacobian_and_dense):
     with th.device("meta"):  # a default device on which nothing can be computed: all must be made where the inputs are
         actual = [jacobian.J_v(v), jacobian.J_v(V), jacobian.Jt_w(w), jacobian.Jt_w(W)]
         actual += [jacobian.gram(), jacobian.gram(rows), jacobian.columns(index)]
-    expected = [J @ v, J @ V, J.T @ w, J.T @ W, J @ J.T, J @ J[rows].T, J[:, index]]
+    expected = [J @ v, J @ V, J.T @ w, J.T @ W, J @ J.T, J[rows] @ J.T, J[:, index]]
     th.testing.assert_close(actual, expected, **close)
 
 
@@ -428,7 +428,7 @@ def test_inputs_that_are_not_contiguous():
     th.manual_seed(0)
     layer, h, signal = nn.Linear(4, 3), th.randn(4, 6).T, th.randn(6, 3)
     w = th.randn(6, 2)
-    actual, expected = (LinearRows(layer, x, signal).Jt_w(w) for x in (h, h.contiguous()))
+    actual, expected = (LinearRows(layer, Inputs(x, layer.bias is not None), signal).Jt_w(w) for x in (h, h.contiguous()))
     th.testing.assert_close(actual, expected)
 
 
