@@ -104,16 +104,16 @@ class LargerStep(BLPO):
     """
 
     def _hypergradient(self, *args: Any, **kwargs: Any) -> Hypergradient:
-        stats = super()._hypergradient(*args, **kwargs).stats
+        leader = super()._hypergradient(*args, **kwargs)
         solver, self.solver = self.solver, None
         direct = super()._hypergradient(*args, **kwargs)
         self.solver = solver
-        ratio = 0.0 if stats["correction_skipped"] else float(stats["correction_ratio"])
+        ratio = 0.0 if leader.stats["correction_skipped"] else float(leader.stats["correction_ratio"])
         if self.max_correction_ratio is not None:
             ratio = min(ratio, self.max_correction_ratio)
         rate = self.lr_schedule(self._current_progress_remaining)
         update_learning_rate(self.policy.optimizer, (1 + ratio) * rate)
-        return Hypergradient(direct.gradient, stats)
+        return Hypergradient(direct.gradient, leader.numbers)
 
 
 class Unsolved(Solver):

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_blpo.actor_critic import Actor, Critic
 from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.checks import check_arguments, check_finite, scheduled
-from sb3_blpo.hypergradient import Hypergradient, hypergradient
+from sb3_blpo.hypergradient import Hypergradient, hypergradient, statistics
 from sb3_blpo.ihvp import Solver, make_solver
 from sb3_blpo.jacobian import MAX_JACOBIAN_BYTES
 from sb3_blpo.optimizers import Descent, leave_to, make_optimizer, optimizes, parameters_of
@@ -382,11 +382,11 @@ class BLPO(OnPolicyAlgorithm):
             self.solver.draw(critic_descent.vector, self.sketch_generator)
             self.critic.start()
 
-        stats: list[dict[str, th.Tensor]] = []
+        minibatches: list[dict[str, th.Tensor]] = []
         first_of_epoch = 0
         continue_training = True
         for epoch in range(self.n_epochs):
-            first_of_epoch = len(stats)
+            first_of_epoch = len(minibatches)
             # Every minibatch is a stretch of time; their order is random
             for index in th.randperm(len(segments), device="cpu").tolist():
                 segment = segments[index]
@@ -394,12 +394,11 @@ class BLPO(OnPolicyAlgorithm):
                     # Follower: nested updates towards the best response to the current actor
                     critic_updates = [self._update_critic(segment, critic_descent) for _ in range(self.n_critic_updates)]
                     # Leader: the hypergradient under the new critic
-                    leader = self._hypergradient(segment, clip_range, with_residual=not stats)
+                    leader = self._hypergradient(segment, clip_range, with_residual=not minibatches)
                     actor_norm = th.linalg.vector_norm(leader.gradient)
                     clip = (self.max_grad_norm / (actor_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_
                     approx_kl = self._check_minibatch(critic_updates, leader, actor_norm)
-                critic_losses = th.stack([update.loss for update in critic_updates])
-                stats.append(leader.stats | {"critic_loss_before": critic_losses[0], "value_loss": critic_losses.mean()})
+                minibatches.append(leader.numbers | {f"critic_loss_{i}": update.loss for i, update in enumerate(critic_updates)})
                 if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
                     continue_training = False
                     if self.verbose >= 1:
@@ -410,7 +409,7 @@ class BLPO(OnPolicyAlgorithm):
             if not continue_training:
                 break
 
-        self._log(stats, first_of_epoch, clip_range)
+        self._log(minibatches, first_of_epoch, clip_range)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may go beyond the total, and a linear schedule would then end in a negative rate
@@ -503,11 +502,11 @@ class BLPO(OnPolicyAlgorithm):
         :return: Approximate KL divergence between the rollout's policy and the current one
         """
         quantities = {f"critic's gradient in nested update {i + 1}": update.norm for i, update in enumerate(critic_updates)}
-        quantities |= {"critic's loss": leader.stats["critic_loss_after"], "actor's gradient": actor_norm}
+        quantities |= {"critic's loss": leader.numbers["critic_loss_after"], "actor's gradient": actor_norm}
         if self.critic.statistics:
             largest = [x.abs().max().float() for x in self.critic.statistics]
             quantities["largest of the layers' running statistics"] = th.stack(largest).max()
-        quantities["approximate KL divergence"] = leader.stats["approx_kl"]
+        quantities["approximate KL divergence"] = leader.numbers["approx_kl"]
         # The only host read of the minibatch
         numbers = th.stack(list(quantities.values())).tolist()
         for name, number in zip(quantities, numbers, strict=True):
@@ -519,10 +518,13 @@ class BLPO(OnPolicyAlgorithm):
                 )
         return numbers[-1]
 
-    def _log(self, stats: list[dict[str, th.Tensor]], first_of_epoch: int, clip_range: float) -> None:
+    def _log(self, minibatches: list[dict[str, th.Tensor]], first_of_epoch: int, clip_range: float) -> None:
         """Log SB3's PPO keys and BLPO's own, from one host copy of all minibatches' statistics."""
-        table = th.stack([th.stack([row[name] for row in stats]).float() for name in stats[0]]).cpu().numpy()
-        columns = dict(zip(stats[0], table, strict=True))
+        stats = statistics({name: th.stack([numbers[name] for numbers in minibatches]) for name in minibatches[0]})
+        critic_losses = th.stack([stats.pop(f"critic_loss_{i}") for i in range(self.n_critic_updates)])
+        stats |= {"critic_loss_before": critic_losses[0], "value_loss": critic_losses.mean(dim=0)}
+        table = th.stack([column.float() for column in stats.values()]).cpu().numpy()
+        columns = dict(zip(stats, table, strict=True))
         means = {name: column.mean() for name, column in columns.items()}
         means["loss"] = columns["loss"][-1]
         means["approx_kl"] = columns["approx_kl"][first_of_epoch:].mean()

@@ -21,24 +21,30 @@ from sb3_blpo.jacobian import Jacobian
 from sb3_blpo.segments import Segment
 
 
+#: Below what numbers may be taken for 0: the smallest normal one of float32
+TINY = th.finfo(th.float32).tiny
+
+
 class Surrogate(NamedTuple):
     """
     PPO's clipped surrogate objective and what the two gradients need of it.
 
     :param objective: (1/N) sum_t min(rho_t A_t, clip(rho_t) A_t), A normalised where wanted ()
+    :param log_ratio: Logarithm of rho_t (N,)
     :param ratio: rho_t (N,)
     :param advantages: A_t, normalised where wanted (N,)
     :param active: Whether the unclipped branch is active: m_t (N,)
     :param weights: Derivative of the objective by the advantage, w_t, before normalisation (N,)
-    :param scale: What the advantage was multiplied by to normalise it ()
+    :param scale: What the advantage was multiplied by to normalise it
     """
 
     objective: th.Tensor
+    log_ratio: th.Tensor
     ratio: th.Tensor
     advantages: th.Tensor
     active: th.Tensor
     weights: th.Tensor
-    scale: th.Tensor
+    scale: th.Tensor | float
 
 
 def clipped_surrogate(
@@ -52,15 +58,16 @@ def clipped_surrogate(
     :param normalize_advantage: Whether to shift and scale the advantages to mean 0 and standard deviation 1
     :return: The surrogate
     """
-    scale = advantages.new_ones(())
+    scale: th.Tensor | float = 1.0
     if normalize_advantage and len(advantages) > 1:
         scale = 1 / (advantages.std() + 1e-8)
         advantages = (advantages - advantages.mean()) * scale
-    ratio = th.exp(log_prob - old_log_prob)
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     active = ratio * advantages <= clipped * advantages
     weights = th.where(active, ratio, clipped) / len(advantages)
-    return Surrogate(weights @ advantages, ratio, advantages, active, weights, scale)
+    return Surrogate(weights @ advantages, log_ratio, ratio, advantages, active, weights, scale)
 
 
 class Response(NamedTuple):
@@ -113,47 +120,55 @@ def best_response(
     return Response(u, solution.ok, residual)
 
 
-class Correction(NamedTuple):
+class Comparison(NamedTuple):
     """
-    The correction after the cap, and how it compares with the direct gradient before it.
+    Direct gradient and correction beside one another, before the cap. All () or, of several minibatches, stacked.
 
-    :param gradient: Zero where the correction was skipped (n_actor_params,)
-    :param ratio: Norm relative to that of the direct gradient, before the cap ()
-    :param cosine: Cosine of the angle to the direct gradient ()
-    :param capped: Whether the cap made it smaller ()
-    :param skipped: Whether it was dropped because the solve failed or overflowed ()
+    :param direct_norm: Norm of the direct gradient
+    :param correction_norm: Norm of the correction
+    :param product: Their inner product
+    :param scale: What the cap multiplies the correction by, at most 1
+    :param ok: Whether it is added: the solve did not fail, and nothing overflowed
     """
 
-    gradient: th.Tensor
-    ratio: th.Tensor
-    cosine: th.Tensor
-    capped: th.Tensor
-    skipped: th.Tensor
+    direct_norm: th.Tensor
+    correction_norm: th.Tensor
+    product: th.Tensor
+    scale: th.Tensor
+    ok: th.Tensor
+
+    def statistics(self) -> dict[str, th.Tensor]:
+        """
+        :return: The correction's norm relative to the direct gradient's, the cosine of the angle between them, whether the
+            cap was active, and whether the correction was skipped. No correction at all (gae_lambda=1) has ratio and cosine 0
+        """
+        direct_norm, norm, product, scale, ok = self
+        return {
+            "correction_ratio": norm / direct_norm.clamp_min(TINY),
+            "correction_cosine": product / (direct_norm * norm).clamp_min(TINY),
+            "correction_capped": (scale < 1) & (norm > 0),
+            "correction_skipped": ~ok,
+        }
 
 
-def capped_correction(
+def add_correction(
     direct: th.Tensor, correction: th.Tensor, ok: th.Tensor, max_correction_ratio: float | None
-) -> Correction:
+) -> tuple[th.Tensor, Comparison]:
     """
     :param direct: The direct gradient (n_actor_params,)
     :param correction: -(mixed second derivative of L) v, uncapped (n_actor_params,)
     :param ok: Whether the solve behind it succeeded ()
-    :param max_correction_ratio: Largest norm relative to the direct gradient's; ``None``: no cap
-    :return: The correction to add to the direct gradient
+    :param max_correction_ratio: Largest norm of the correction relative to the direct gradient's; ``None``: no cap
+    :return: Their sum, the direct gradient alone where the correction is skipped (n_actor_params,), and how they compare
     """
     direct_norm, norm = th.linalg.vector_norm(direct), th.linalg.vector_norm(correction)
     ok = ok & norm.isfinite()
-    scale = th.ones_like(norm)
-    if max_correction_ratio is not None:
-        scale = th.where(norm > 0, max_correction_ratio * direct_norm / norm, scale).clamp(max=1)
-    tiny = th.finfo(norm.dtype).tiny  # No correction at all (gae_lambda=1) has the ratio and the cosine 0
-    return Correction(
-        th.where(ok, scale * correction, 0),
-        norm / direct_norm.clamp_min(tiny),
-        direct @ correction / (direct_norm * norm).clamp_min(tiny),
-        scale < 1,
-        ~ok,
-    )
+    if max_correction_ratio is None:
+        scale = th.ones_like(norm)
+    else:
+        scale = (direct_norm * max_correction_ratio / norm.clamp_min(TINY)).clamp(max=1)
+    gradient = th.where(ok, th.addcmul(direct, scale, correction), direct)
+    return gradient, Comparison(direct_norm, norm, direct @ correction, scale, ok)
 
 
 class Hypergradient(NamedTuple):
@@ -161,11 +176,16 @@ class Hypergradient(NamedTuple):
     Gradient of the leader's objective with the follower at its best response, and diagnostics.
 
     :param gradient: To be followed upwards (n_actor_params,)
-    :param stats: Scalars for the log, by name
+    :param numbers: What :func:`statistics` makes the diagnostics of, by name
     """
 
     gradient: th.Tensor
-    stats: dict[str, th.Tensor]
+    numbers: dict[str, th.Tensor]
+
+    @property
+    def stats(self) -> dict[str, th.Tensor]:
+        """Scalars for the log, by name."""
+        return statistics(self.numbers)
 
 
 def hypergradient(
@@ -213,43 +233,43 @@ def hypergradient(
         advantages = segment.advantages(values)
         # Step 3: direct gradient
         surrogate = clipped_surrogate(log_prob, segment.old_log_prob, advantages, clip_range, normalize_advantage)
-        by_log_prob, by_entropy = surrogate.active * surrogate.weights * surrogate.advantages, None
+        gated = surrogate.active * surrogate.weights
+        by_log_prob, by_entropy = gated * surrogate.advantages, None
         if entropy is None:
             by_log_prob = by_log_prob - ent_coef / n
         elif ent_coef:
             by_entropy = th.full_like(entropy, ent_coef / entropy.numel())
         direct = policy_gradient(by_log_prob, by_entropy)
         mean_entropy = (-log_prob if entropy is None else entropy).mean()
-        stats = _policy_stats(surrogate, log_prob - segment.old_log_prob, mean_entropy, ent_coef, clip_range)
-        stats["critic_loss_after"] = residuals.square().mean()
+        change = surrogate.ratio - 1
+        numbers = {
+            "objective": surrogate.objective,
+            "entropy": mean_entropy,
+            "loss": th.sub(-surrogate.objective, mean_entropy, alpha=ent_coef),
+            "approx_kl": (change - surrogate.log_ratio).mean(),
+            "clip_fraction": (change.abs() > clip_range).float().mean(),
+            "critic_loss_after": residuals.square().mean(),
+        }
         if solver is None or jacobian is None:
-            return Hypergradient(direct, stats)
+            return Hypergradient(direct, numbers)
         # Step 4: how the critic's best response would move each value
         coefficients = segment.return_gradient(surrogate.weights)
         response = best_response(jacobian, coefficients, residuals, solver, damping, curvature, with_residual)
         # Step 5: the correction is a policy gradient with reweighted advantages
         e = segment.trace(response.u)
-        weights = 2 * e * surrogate.active * surrogate.weights * advantages * surrogate.scale
-        correction = capped_correction(direct, policy_gradient(weights, None), response.ok, max_correction_ratio)
-    stats |= {
-        "correction_ratio": correction.ratio,
-        "correction_cosine": correction.cosine,
-        "correction_capped": correction.capped,
-        "correction_skipped": correction.skipped,
-        "ihvp_residual": response.residual,
-    }
-    return Hypergradient(direct + correction.gradient, stats)
+        weights = e * gated * advantages * (2 * surrogate.scale)
+        correction = policy_gradient(weights, None)
+        gradient, comparison = add_correction(direct, correction, response.ok, max_correction_ratio)
+    return Hypergradient(gradient, numbers | comparison._asdict() | {"ihvp_residual": response.residual})
 
 
-def _policy_stats(
-    surrogate: Surrogate, log_ratio: th.Tensor, mean_entropy: th.Tensor, ent_coef: float, clip_range: float
-) -> dict[str, th.Tensor]:
-    """What SB3's PPO logs of a minibatch."""
-    change = surrogate.ratio - 1
-    return {
-        "policy_gradient_loss": -surrogate.objective,
-        "entropy_loss": -mean_entropy,
-        "loss": -surrogate.objective - ent_coef * mean_entropy,
-        "approx_kl": (change - log_ratio).mean(),
-        "clip_fraction": (change.abs() > clip_range).float().mean(),
-    }
+def statistics(numbers: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+    """
+    :param numbers: Those of a :class:`Hypergradient`, or of several, stacked
+    :return: What SB3's PPO logs, and what there is to know of the correction
+    """
+    stats = dict(numbers)
+    stats["policy_gradient_loss"], stats["entropy_loss"] = -stats.pop("objective"), -stats.pop("entropy")
+    if "ok" in stats:
+        stats |= Comparison(**{name: stats.pop(name) for name in Comparison._fields}).statistics()
+    return stats

@@ -81,7 +81,7 @@ class FusedAdam:
     """
 
     def __init__(self, optimizer: th.optim.Optimizer, gradients: list[th.Tensor]) -> None:
-        (group,) = optimizer.param_groups
+        (self.settings,) = optimizer.param_groups
         parameters = parameters_of(optimizer)
         state = [optimizer.state[parameter] for parameter in parameters]
         #: The parameters' numbers of steps, which the optimizer has parts of, so that one operation counts on
@@ -90,8 +90,6 @@ class FusedAdam:
             entries["step"] = step
         first, second = ([entries[name] for entries in state] for name in ("exp_avg", "exp_avg_sq"))
         self._tensors = (parameters, gradients, first, second, [], list(self.steps))
-        self._settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-        self._settings |= zip(("beta1", "beta2"), group["betas"], strict=True)
         self._changed = [x.detach().view(-1) for x in (*parameters, *first, *second, self.steps)]
 
     @staticmethod
@@ -118,7 +116,9 @@ class FusedAdam:
     def step(self) -> None:
         """What ``Adam.step()`` does."""
         self.steps += 1
-        th._fused_adam_(*self._tensors, **self._settings)
+        beta1, beta2 = self.settings["betas"]
+        settings = {name: self.settings[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        th._fused_adam_(*self._tensors, beta1=beta1, beta2=beta2, **settings)
 
     def remember(self) -> Callable[[], None]:
         """

@@ -10,7 +10,7 @@ from problems import Problem, problem
 import sb3_blpo.hypergradient
 from sb3_blpo.actor_critic import likelihood
 from sb3_blpo.curvature import Curvature, GaussNewton, GramGaussNewton, Hessian
-from sb3_blpo.hypergradient import Hypergradient, best_response, capped_correction, clipped_surrogate, hypergradient
+from sb3_blpo.hypergradient import Hypergradient, add_correction, best_response, clipped_surrogate, hypergradient
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solution, make_solver
 from sb3_blpo.jacobian import FunctionalJacobian, Jacobian
 from sb3_blpo.layers import LayerJacobian
@@ -308,30 +308,30 @@ def test_the_correction_is_capped_before_it_is_added():
 def test_cap(cap, scale):
     direct = scale * th.tensor([3.0, 0.0, 4.0])  # norm 5
     correction = scale * th.tensor([0.0, 6.0, 8.0])  # norm 10
-    capped = capped_correction(direct, correction, th.tensor(True), cap)
-    norm = capped.gradient.norm()
-    th.testing.assert_close(norm, th.tensor(scale * min(10.0, cap * 5.0)))
-    th.testing.assert_close(capped.ratio, th.tensor(2.0))
-    th.testing.assert_close(capped.cosine, th.tensor(32 / 50))
-    assert bool(capped.capped) == (cap < 2)
-    uncapped = capped_correction(direct, correction, th.tensor(True), None)
-    assert th.equal(uncapped.gradient, correction) and not uncapped.capped
+    gradient, comparison = add_correction(direct, correction, th.tensor(True), cap)
+    th.testing.assert_close(gradient, direct + min(1.0, cap / 2) * correction)
+    stats = comparison.statistics()
+    th.testing.assert_close(stats["correction_ratio"], th.tensor(2.0))
+    th.testing.assert_close(stats["correction_cosine"], th.tensor(32 / 50))
+    assert bool(stats["correction_capped"]) == (cap < 2) and not stats["correction_skipped"]
+    gradient, comparison = add_correction(direct, correction, th.tensor(True), None)
+    assert th.equal(gradient, direct + correction) and not comparison.statistics()["correction_capped"]
 
 
 @pytest.mark.parametrize("cap", [0.0, 1.0])
 @pytest.mark.parametrize("direct", [0.0, 3.0])
 def test_cap_of_nothing(direct, cap):
-    capped = capped_correction(th.tensor([direct]), th.tensor([0.0]), th.tensor(True), cap)
-    assert th.equal(capped.gradient, th.zeros(1)) and not capped.capped and not capped.skipped
-    assert capped.ratio == 0 and capped.cosine == 0
+    gradient, comparison = add_correction(th.tensor([direct]), th.tensor([0.0]), th.tensor(True), cap)
+    assert th.equal(gradient, th.tensor([direct]))
+    assert not any(comparison.statistics().values())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_correction_that_is_not_finite_is_skipped(bad):
-    capped = capped_correction(th.tensor([3.0]), th.tensor([bad]), th.tensor(True), 1.0)
-    assert capped.skipped and th.equal(capped.gradient, th.zeros(1))
-    failed = capped_correction(th.tensor([3.0]), th.tensor([1.0]), th.tensor(False), 1.0)
-    assert failed.skipped and th.equal(failed.gradient, th.zeros(1))
+    for correction, ok in ((bad, True), (1.0, False)):
+        gradient, comparison = add_correction(th.tensor([3.0]), th.tensor([correction]), th.tensor(ok), 1.0)
+        assert th.equal(gradient, th.tensor([3.0])) and comparison.statistics()["correction_skipped"]
+
 
 
 def test_normalization_leaves_a_single_transition_alone():
