@@ -140,9 +140,10 @@ class Critic(nn.Module):
         """
         if self.chain is not None:
             _, first = self._first_inputs.get(id(observations), (None, None))
-            jacobian = ChainJacobian(self.chain, self._features(observations), first)
-            self._first_inputs[id(observations)] = (observations, jacobian.first)
-            return jacobian
+            by_hand = ChainJacobian(self.chain, self._features(observations), first)
+            # With the observations, so that nothing else can have their identity
+            self._first_inputs[id(observations)] = (observations, by_hand.first)
+            return by_hand
         if self.layers is not None:
             return LayerJacobian(self, observations, self.layers)
 

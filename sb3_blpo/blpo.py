@@ -396,15 +396,17 @@ class BLPO(OnPolicyAlgorithm):
                     # Leader: the hypergradient under the new critic
                     leader = self._hypergradient(segment, clip_range, with_residual=not minibatches)
                     actor_norm = th.linalg.vector_norm(leader.gradient)
-                    clip = (self.max_grad_norm / (actor_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_
+                    descent = leader.gradient * (-self.max_grad_norm / (actor_norm + 1e-6)).clamp(min=-1)  # as clip_grad_norm_
                     approx_kl = self._check_minibatch(critic_updates, leader, actor_norm)
-                minibatches.append(leader.numbers | {f"critic_loss_{i}": update.loss for i, update in enumerate(critic_updates)})
+                minibatches.append(
+                    leader.numbers | {f"critic_loss_{i}": update.loss for i, update in enumerate(critic_updates)}
+                )
                 if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
                     continue_training = False
                     if self.verbose >= 1:
                         print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                     break
-                actor_descent.step(leader.gradient * -clip)
+                actor_descent.step(descent)
             self._n_updates += 1
             if not continue_training:
                 break

@@ -20,7 +20,6 @@ from sb3_blpo.ihvp.base import relative_residual
 from sb3_blpo.jacobian import Jacobian
 from sb3_blpo.segments import Segment
 
-
 #: Below what numbers may be taken for 0: the smallest normal one of float32
 TINY = th.finfo(th.float32).tiny
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from sb3_blpo.chain import ONE, Chain
+from sb3_blpo.chain import ONE, Chain, sizes_of
 from sb3_blpo.jacobian import Jacobian, flat_gradient, hessian_v
 
 
@@ -45,17 +45,16 @@ class LayerRows(ABC):
         """
 
     @abstractmethod
-    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+    def gram(self, rows: th.Tensor | None) -> th.Tensor:
         """
-        :param rows: k rows of J
+        :param rows: Indices of k rows of J (k,); ``None``: all
         :return: The layer's part of these rows of J J^T (k, n_rows)
         """
 
     @abstractmethod
-    def squared_norm(self, n: int) -> th.Tensor:
+    def squared_norms(self) -> th.Tensor:
         """
-        :param n: How many rows count, from the first
-        :return: The layer's part of the sum of their squared norms ()
+        :return: The layer's part of the rows' squared norms (n_rows,)
         """
 
 
@@ -71,12 +70,12 @@ class Inputs:
         self.h = h
         self.has_bias = has_bias
 
-    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+    def gram(self, rows: th.Tensor | None) -> th.Tensor:
         """
-        :param rows: k rows
+        :param rows: Indices of k rows (k,); ``None``: all
         :return: Inner products of their inputs with all (k, n_rows)
         """
-        gram = self.h[rows] @ self.h.T
+        gram = _select(self.h, rows) @ self.h.T
         return gram.add_(ONE) if self.has_bias else gram
 
     def squared_norms(self) -> th.Tensor:
@@ -99,8 +98,8 @@ class KnownInputs(Inputs):
         super().__init__(h, has_bias)
         self._rows: th.Tensor | None = None
 
-    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
-        if isinstance(rows, slice):  # of the size of the minibatch squared
+    def gram(self, rows: th.Tensor | None) -> th.Tensor:
+        if rows is None:  # as large as the minibatch squared
             return super().gram(rows)
         if rows is not self._rows:
             self._rows, self._gram = rows, super().gram(rows)
@@ -112,6 +111,10 @@ class KnownInputs(Inputs):
 
     def squared_norms(self) -> th.Tensor:
         return self._squared_norms
+
+
+def _select(x: th.Tensor, rows: th.Tensor | None) -> th.Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 class LinearRows(LayerRows):
@@ -173,12 +176,11 @@ class LinearRows(LayerRows):
         in_index = th.where(is_weight, index % n_in, n_in)
         return self.signal[:, out_index] * inputs[:, in_index]
 
-    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
-        return (self.signal[rows] @ self.signal.T).mul_(self.inputs.gram(rows))
+    def gram(self, rows: th.Tensor | None) -> th.Tensor:
+        return (_select(self.signal, rows) @ self.signal.T).mul_(self.inputs.gram(rows))
 
-    def squared_norm(self, n: int) -> th.Tensor:
-        signal = self.signal[:n]
-        return self.inputs.squared_norms()[:n] @ th.linalg.vecdot(signal, signal)
+    def squared_norms(self) -> th.Tensor:
+        return th.linalg.vecdot(self.signal, self.signal).mul_(self.inputs.squared_norms())
 
 
 class OutputRows(LinearRows):
@@ -190,11 +192,11 @@ class OutputRows(LinearRows):
     :param signal: Ones (n_rows, 1)
     """
 
-    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
+    def gram(self, rows: th.Tensor | None) -> th.Tensor:
         return self.inputs.gram(rows)
 
-    def squared_norm(self, n: int) -> th.Tensor:
-        return self.inputs.squared_norms()[:n].sum()
+    def squared_norms(self) -> th.Tensor:
+        return self.inputs.squared_norms()
 
 
 class ConvRows(LayerRows):
@@ -230,11 +232,11 @@ class ConvRows(LayerRows):
     def columns(self, index: th.Tensor) -> th.Tensor:
         return self.rows[:, index]
 
-    def gram(self, rows: slice | th.Tensor) -> th.Tensor:
-        return self.rows[rows] @ self.rows.T
+    def gram(self, rows: th.Tensor | None) -> th.Tensor:
+        return _select(self.rows, rows) @ self.rows.T
 
-    def squared_norm(self, n: int) -> th.Tensor:
-        return self.rows[:n].square().sum()
+    def squared_norms(self) -> th.Tensor:
+        return self.rows.square().sum(dim=1)
 
 
 class LayerJacobian(Jacobian):
@@ -258,7 +260,8 @@ class LayerJacobian(Jacobian):
         if layers is None:
             layers = [module for module in critic.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         self.layers = layers
-        self.sizes = [layer.weight.numel() + (0 if layer.bias is None else len(layer.bias)) for layer in layers]
+        #: Numbers of the layers' parameters
+        self.sizes = critic.sizes if isinstance(critic, Chain) else sizes_of(layers)
         super().__init__(self._forward(), sum(self.sizes))
 
     def _forward(self) -> th.Tensor:
@@ -325,10 +328,10 @@ class LayerJacobian(Jacobian):
         return columns
 
     def gram(self, rows: th.Tensor | None = None) -> th.Tensor:
-        return functools.reduce(th.Tensor.add_, [part.gram(slice(None) if rows is None else rows) for part in self.parts])
+        return functools.reduce(th.Tensor.add_, [part.gram(rows) for part in self.parts])
 
     def squared_norm(self, n: int) -> th.Tensor:
-        return functools.reduce(th.Tensor.add_, [part.squared_norm(n) for part in self.parts])
+        return functools.reduce(th.Tensor.add_, [part.squared_norms() for part in self.parts])[:n].sum()
 
     def _function(self) -> tuple[Callable[[dict[str, th.Tensor]], th.Tensor], dict[str, th.Tensor]]:
         """The values as a function of the parameters by name, and these."""
@@ -378,9 +381,10 @@ class ChainJacobian(LayerJacobian):
     def parts(self) -> list[LayerRows]:
         """Each layer's part of J."""
         tape = self.tape
-        kinds: list[type[LinearRows]] = [LinearRows] * len(tape.layers)
-        if not tape.pullbacks[-1]:
-            kinds[-1] = OutputRows
-        inputs = [self.first, *(Inputs(h, layer.bias is not None) for layer, h in zip(tape.layers[1:], tape.inputs[1:], strict=True))]
         signals = tape.signals(th.ones_like(tape.outputs))
-        return [kind(*of_layer) for kind, *of_layer in zip(kinds, tape.layers, inputs, signals, strict=True)]
+        parts: list[LayerRows] = []
+        for i, (layer, h, signal) in enumerate(zip(tape.layers, tape.inputs, signals, strict=True)):
+            inputs = Inputs(h, layer.bias is not None) if i > 0 else self.first
+            gives_values = i == len(signals) - 1 and not tape.pullbacks[i]
+            parts.append((OutputRows if gives_values else LinearRows)(layer, inputs, signal))
+        return parts

@@ -89,7 +89,7 @@ class FusedAdam:
         for entries, step in zip(state, self.steps, strict=True):
             entries["step"] = step
         first, second = ([entries[name] for entries in state] for name in ("exp_avg", "exp_avg_sq"))
-        self._tensors = (parameters, gradients, first, second, [], list(self.steps))
+        self._tensors: list[list[th.Tensor]] = [parameters, gradients, first, second, [], list(self.steps)]
         self._changed = [x.detach().view(-1) for x in (*parameters, *first, *second, self.steps)]
 
     @staticmethod
@@ -105,12 +105,12 @@ class FusedAdam:
         if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1 or any(hooks) or "step" in vars(optimizer):
             return False
         group, parameters = optimizer.param_groups[0], parameters_of(optimizer)
-        if not group["fused"] or group["amsgrad"] or group.get("decoupled_weight_decay"):
+        if not group["fused"] or group["amsgrad"] or group.get("decoupled_weight_decay") or not hasattr(th, "_fused_adam_"):
             return False
-        tensors = [x for parameter in parameters for x in (parameter, *optimizer.state.get(parameter, {}).values())]
-        plain = all(x.is_contiguous() and x.device.type == "cpu" and x.dtype == th.float32 for x in tensors)
-        numbers = all(isinstance(x, float | int) for x in (group["lr"], *group["betas"]))
-        return plain and numbers and len(tensors) == 4 * len(parameters) > 0  # none before the first step
+        has_numbers = all(isinstance(x, float | int) for x in (group["lr"], *group["betas"]))
+        state = [optimizer.state.get(parameter, {}) for parameter in parameters]  # none before the first step
+        has_state = bool(state) and all(entries.keys() == {"step", "exp_avg", "exp_avg_sq"} for entries in state)
+        return has_numbers and has_state and all(map(_is_plain, parameters + [x for part in state for x in part.values()]))
 
     @th.no_grad()
     def step(self) -> None:
@@ -131,6 +131,10 @@ class FusedAdam:
                 x.copy_(value)
 
         return put_back
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, th.Tensor) and x.is_contiguous() and x.device.type == "cpu" and x.dtype == th.float32
 
 
 class Descent:

@@ -13,6 +13,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch.nn import functional as F
 
 from sb3_blpo import gae
 
@@ -105,8 +106,9 @@ class Segment(NamedTuple):
         :return: c, one for each of :attr:`observations`
         """
         by = self.lambda_return.gradient(weights.view(self.shape))
-        first = weights.new_zeros(self.shape[1])  # no lambda-return bootstraps from the first states
-        return th.cat([first, by.next_values.flatten(), by.terminal_values.flatten()[self.truncated]])
+        # No lambda-return bootstraps from the first states
+        c = F.pad(by.next_values.flatten(), (self.shape[1], 0))
+        return th.cat([c, by.terminal_values.flatten()[self.truncated]]) if len(self.truncated) else c
 
     def trace(self, x: th.Tensor) -> th.Tensor:
         """

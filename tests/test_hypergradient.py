@@ -333,7 +333,6 @@ def test_a_correction_that_is_not_finite_is_skipped(bad):
         assert th.equal(gradient, th.tensor([3.0])) and comparison.statistics()["correction_skipped"]
 
 
-
 def test_normalization_leaves_a_single_transition_alone():
     log_prob, A = th.tensor([0.1], dtype=th.float64, requires_grad=True), th.tensor([2.5], dtype=th.float64)
     one = clipped_surrogate(log_prob, th.zeros(1, dtype=th.float64), A, 0.2, normalize_advantage=True)

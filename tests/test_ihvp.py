@@ -259,7 +259,8 @@ def test_tensors_are_made_where_the_inputs_are_and_in_their_precision(name, repr
             curvature: Curvature = Hessian(jacobian, c, c[:N_STEPS])
         else:
             curvature = REPRESENTATIONS[representation](jacobian, c, N_STEPS)
-        x, _, _, values = solver.solve(curvature, alpha)
+        solution = solver.solve(curvature, alpha)
+        x, values = solution.x, solution.values
         v, u = curvature.to_parameters(x), curvature.to_values(x)
         assert relative_residual(curvature, alpha, x) < 1e-5
     H = 2 / N_STEPS * J[:N_STEPS].T @ J[:N_STEPS]

@@ -1,6 +1,7 @@
 """What every solver takes and gives."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch as th
@@ -12,16 +13,23 @@ class Solution(NamedTuple):
     """
     Outcome of a solve.
 
-    :param x: Approximate solution of (H + alpha I) x = g in the curvature's representation (n,)
+    :param coefficients: Of the approximate solution x of (H + alpha I) x = g: x itself, or what :attr:`lift` makes x of
     :param ok: Whether the solve succeeded; where not, x means nothing ()
     :param iterations: Number of iterations, 0 for direct solvers
     :param values: What x does to the values of the loss's states, where the solver knows it anyway (n_steps,)
+    :param lift: Maps the coefficients to x; ``None``: they are x
     """
 
-    x: th.Tensor
+    coefficients: th.Tensor
     ok: th.Tensor
     iterations: int = 0
     values: th.Tensor | None = None
+    lift: Callable[[th.Tensor], th.Tensor] | None = None
+
+    @property
+    def x(self) -> th.Tensor:
+        """The solution in the curvature's representation (n,)."""
+        return self.coefficients if self.lift is None else self.lift(self.coefficients)
 
 
 class Solver(ABC):

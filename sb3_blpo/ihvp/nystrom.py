@@ -82,7 +82,7 @@ class Nystrom(Solver):
         A = H.double() + alpha * _regular(inner.double(), curvature.rounding)
         y, info = th.linalg.solve_ex(A, g.double())
         # An infinite pivot gives a finite y
-        return Solution(lift(y), (info == 0) & (A.sum() + y.sum()).isfinite(), values=values(y))
+        return Solution(y, (info == 0) & (A.sum() + y.sum()).isfinite(), values=values(y), lift=lift)
 
     def inverse(self, curvature: Curvature, alpha: th.Tensor) -> Inverse:
         """
