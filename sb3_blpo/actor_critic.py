@@ -108,8 +108,9 @@ class Critic(nn.Module):
         """
         if self.chain is not None:
             tape = self.chain.tape(self._features(observations))
-            residuals = tape.outputs - returns[:, None]
-            return residuals.square().mean(), th.cat(tape.gradient(tape.signals(residuals * (2 / len(returns)))))
+            target = returns[:, None]
+            by_outputs = (tape.outputs - target).mul_(2 / len(returns))
+            return F.mse_loss(tape.outputs, target), th.cat(tape.gradient(tape.signals(by_outputs)))
         loss = F.mse_loss(self(observations), returns)
         return loss.detach(), flat_gradient([loss], list(self.trainable.values()))
 

@@ -20,14 +20,14 @@ class Tape(NamedTuple):
     """
     A forward pass.
 
-    :param layers: The chain's layers
+    :param parameters: Weight and bias of each layer
     :param outputs: Of the last module (n_rows, n_out)
     :param inputs: Of each layer (n_rows, n_in)
     :param pullbacks: For each layer, of the activations that follow it, the first one first: from derivatives by the
         activation's outputs to those by its inputs
     """
 
-    layers: list[nn.Linear]
+    parameters: list[tuple[th.Tensor, th.Tensor | None]]
     outputs: th.Tensor
     inputs: list[th.Tensor]
     pullbacks: list[list[Callable[[th.Tensor], th.Tensor]]]
@@ -39,12 +39,12 @@ class Tape(NamedTuple):
         """
         signals: list[th.Tensor] = []
         signal = by_outputs
-        for i in reversed(range(len(self.layers))):
+        for i in reversed(range(len(self.parameters))):
             for pullback in reversed(self.pullbacks[i]):
                 signal = pullback(signal)
             signals.append(signal)
             if i > 0:
-                signal = signal @ self.layers[i].weight.detach()
+                signal = signal @ self.parameters[i][0].detach()
         return signals[::-1]
 
     def gradient(self, signals: list[th.Tensor], weights: th.Tensor | None = None) -> list[th.Tensor]:
@@ -55,12 +55,12 @@ class Tape(NamedTuple):
         """
         column = None if weights is None else weights[:, None]
         gradients = []
-        for layer, h, signal in zip(self.layers, self.inputs, signals, strict=True):
+        for (_, bias), h, signal in zip(self.parameters, self.inputs, signals, strict=True):
             weighted = signal if column is None else signal * column
             # The smaller factor first: for a few inputs MKL is two to three times faster that way round
             product = weighted.T @ h if h.shape[1] >= weighted.shape[1] else (h.T @ weighted).T
             gradients.append(product.flatten())
-            if layer.bias is not None:
+            if bias is not None:
                 gradients.append(weighted.sum(dim=0))
         return gradients
 
@@ -78,6 +78,8 @@ class Chain(nn.Module):
         self.modules_in_order = modules
         self.layers = [module for module in modules if isinstance(module, nn.Linear)]
         self.sizes = sizes_of(self.layers)
+        #: Here, for modules take their time to look up their parameters
+        self.by_layer: list[tuple[th.Tensor, th.Tensor | None]] = [(layer.weight, layer.bias) for layer in self.layers]
 
     def forward(self, inputs: th.Tensor) -> th.Tensor:
         """
@@ -97,14 +99,15 @@ class Chain(nn.Module):
         pullbacks: list[list[Callable[[th.Tensor], th.Tensor]]] = []
         for module in self.modules_in_order:
             if isinstance(module, nn.Linear):
+                weight, bias = self.by_layer[len(layer_inputs)]
                 layer_inputs.append(x)
                 pullbacks.append([])
-                x = F.linear(x, module.weight, module.bias)
+                x = F.linear(x, weight, bias)
             else:
                 x, pullback = _activate(module, x)
                 if pullbacks:  # before the first layer there is nothing to differentiate by
                     pullbacks[-1].append(pullback)
-        return Tape(self.layers, x, layer_inputs, pullbacks)
+        return Tape(self.by_layer, x, layer_inputs, pullbacks)
 
 
 def sizes_of(layers: Sequence[nn.Linear | nn.Conv2d]) -> list[int]:

@@ -122,7 +122,6 @@ class LinearRows(LayerRows):
     Of a Linear layer: the gradient of V(s_j) by its weight is the outer product of the layer's signal delta[j] = dV/dz and its
     input h[j], so every product is a matrix product with these factors.
 
-    :param layer: The layer
     :param inputs: Its inputs (n_rows, n_in)
     :param signal: Derivatives of the values by its outputs (n_rows, n_out)
     """
@@ -130,12 +129,11 @@ class LinearRows(LayerRows):
     #: Largest number of elements of an intermediate result, unless a single vector needs more
     chunk_elements = 2**24
 
-    def __init__(self, layer: nn.Linear, inputs: Inputs, signal: th.Tensor) -> None:
+    def __init__(self, inputs: Inputs, signal: th.Tensor) -> None:
         self.inputs = inputs
-        self.h = inputs.h
+        self.h, self.has_bias = inputs.h, inputs.has_bias
         self.signal = signal
-        self.has_bias = inputs.has_bias
-        self.n_weights = layer.weight.numel()
+        self.n_weights = self.h.shape[1] * signal.shape[1]
 
     def _in_groups(self, product: Callable[[th.Tensor], th.Tensor], vectors: th.Tensor) -> th.Tensor:
         """Multiply as many of the k vectors at a time as keep the intermediate result (n_rows, n_in, k) small."""
@@ -187,7 +185,6 @@ class OutputRows(LinearRows):
     """
     Of the Linear layer whose outputs are the values, so that its signal is 1.
 
-    :param layer: The layer
     :param inputs: Its inputs (n_rows, n_in)
     :param signal: Ones (n_rows, 1)
     """
@@ -302,7 +299,7 @@ class LayerJacobian(Jacobian):
         return [
             ConvRows(layer, h, signal)
             if isinstance(layer, nn.Conv2d)
-            else LinearRows(layer, Inputs(h, layer.bias is not None), signal)
+            else LinearRows(Inputs(h, layer.bias is not None), signal)
             for layer, h, signal in zip(self.layers, self._inputs, self._signals(), strict=True)
         ]
 
@@ -383,8 +380,8 @@ class ChainJacobian(LayerJacobian):
         tape = self.tape
         signals = tape.signals(th.ones_like(tape.outputs))
         parts: list[LayerRows] = []
-        for i, (layer, h, signal) in enumerate(zip(tape.layers, tape.inputs, signals, strict=True)):
-            inputs = Inputs(h, layer.bias is not None) if i > 0 else self.first
+        for i, ((_, bias), h, signal) in enumerate(zip(tape.parameters, tape.inputs, signals, strict=True)):
+            inputs = Inputs(h, bias is not None) if i > 0 else self.first
             gives_values = i == len(signals) - 1 and not tape.pullbacks[i]
-            parts.append((OutputRows if gives_values else LinearRows)(layer, inputs, signal))
+            parts.append((OutputRows if gives_values else LinearRows)(inputs, signal))
         return parts
