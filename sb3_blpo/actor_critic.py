@@ -3,6 +3,7 @@ An SB3 actor-critic policy as leader and follower: two sets of parameters that h
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -257,7 +258,7 @@ class Actor:
         """
         distribution: WrittenOut | Distribution
         if self.chain is not None:
-            distribution = self._distribution(self.chain(self._features(observations)))
+            distribution = self._distribution(self.chain.outputs(self._features(observations)))
         else:
             distribution = self.policy.get_distribution(observations)
         try:
@@ -267,7 +268,8 @@ class Actor:
             if not isinstance(distribution, WrittenOut) and "probability tensor contains" not in str(error):  # multinomial()'s
                 raise
             raise not_finite("probabilities of actions") from error
-        if not log_prob.isfinite().all():
+        # Their sum is quicker, but may overflow
+        if not math.isfinite(log_prob.sum()) and not log_prob.isfinite().all():
             raise not_finite("log_probs")
         actions = actions.reshape((-1, *self.policy.action_space.shape))  # type: ignore[misc]
         return actions, log_prob.new_full((len(log_prob), 1), th.nan), log_prob

@@ -88,6 +88,16 @@ class Chain(nn.Module):
         """
         return self.chain(inputs)
 
+    def outputs(self, inputs: th.Tensor) -> th.Tensor:
+        """
+        :param inputs: (n_rows, n_in)
+        :return: The same to the last bit, without what calling modules costs; hooks would not be called (n_rows, n_out)
+        """
+        x, parameters = inputs, iter(self.by_layer)
+        for module in self.modules_in_order:
+            x = F.linear(x, *next(parameters)) if isinstance(module, nn.Linear) else module.forward(x)
+        return x
+
     @th.no_grad()
     def tape(self, inputs: th.Tensor) -> Tape:
         """

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch as th
-from envs import ACTION_SPACES, OBSERVATION_SPACES, SpaceEnv
+from envs import ACTION_SPACES, OBSERVATION_SPACES, TORQUES, SpaceEnv
 from models import collect_rollout, small
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -15,6 +15,7 @@ from torch import nn
 
 from sb3_blpo import BLPO
 from sb3_blpo.actor_critic import likelihood
+from sb3_blpo.distributions import DiagGaussian
 from sb3_blpo.optimizers import parameters_of
 
 
@@ -109,3 +110,18 @@ def test_values_of_images_take_no_more_memory_than_a_minibatch(space: Any, rows:
     monkeypatch.setattr(model.critic, "values", values)
     collect_rollout(model)
     assert [len(call.args[0]) for call in values.call_args_list] == [rows] * (64 // rows)
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "finite"), [([-3e38, -3e38], True), ([0.0, float("-inf")], False), ([1.0, float("nan")], False)]
+)
+def test_log_probabilities_that_are_not_finite(log_prob: list[float], finite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all of them: finite ones are, even if their sum is not."""
+    model = small(env=SpaceEnv(action_space=TORQUES))
+    monkeypatch.setattr(DiagGaussian, "log_prob", lambda self, actions: th.tensor(log_prob))
+    observations = th.zeros(2, 3)
+    if finite:
+        assert model.actor.act(observations)[2].tolist() == pytest.approx(log_prob)
+    else:
+        with pytest.raises(ValueError, match="log_probs"):
+            model.actor.act(observations)
