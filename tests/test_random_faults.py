@@ -24,7 +24,7 @@ from sb3_blpo import BLPO
 from sb3_blpo.actor_critic import ActionLikelihood
 from sb3_blpo.checks import CURVATURES, IHVP_SOLVERS, SKETCHES
 from sb3_blpo.curvature import Curvature
-from sb3_blpo.ihvp import Solver
+from sb3_blpo.ihvp import Solution, Solver
 from sb3_blpo.jacobian import Jacobian
 from sb3_blpo.segments import Segment
 
@@ -140,7 +140,9 @@ def result(method: str, *bases: type) -> Injection:
     def inject(model: BLPO, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         def faulty(original: Callable[..., Any], *args: Any) -> Any:
             value = original(*args)
-            return value._replace(x=fault(value.x)) if hasattr(value, "_replace") else fault(value)
+            if isinstance(value, Solution):
+                return value._replace(coefficients=fault(value.coefficients))
+            return fault(value)
 
         for cls in (cls for base in bases for cls in classes(base) if method in vars(cls)):
             monkeypatch.setattr(cls, method, functools.partialmethod(functools.partial(faulty, vars(cls)[method])))
