@@ -221,7 +221,7 @@ def hypergradient(
     :param ent_coef: Entropy coefficient
     :param damping: As in :func:`best_response`
     :param curvature: As in :func:`best_response`
-    :param max_correction_ratio: As in :func:`capped_correction`
+    :param max_correction_ratio: As in :func:`add_correction`
     :param with_residual: As in :func:`best_response`
     :return: The gradient and its diagnostics
     """
