@@ -1,5 +1,5 @@
 """
-The optimizers of leader and follower: how they are made, their parameters and gradients, and undoing what one of them did.
+The optimizers of leader and follower: how they are made, their parameters, their steps along one vector, and undoing these.
 """
 
 import contextlib
@@ -112,13 +112,13 @@ class FusedAdam:
         has_state = bool(state) and all(entries.keys() == {"step", "exp_avg", "exp_avg_sq"} for entries in state)
         return has_numbers and has_state and all(map(_is_plain, parameters + [x for part in state for x in part.values()]))
 
-    @th.no_grad()
     def step(self) -> None:
         """What ``Adam.step()`` does."""
-        self.steps += 1
         beta1, beta2 = self.settings["betas"]
         settings = {name: self.settings[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-        th._fused_adam_(*self._tensors, beta1=beta1, beta2=beta2, **settings)
+        with th.no_grad():
+            self.steps += 1
+            th._fused_adam_(*self._tensors, beta1=beta1, beta2=beta2, **settings)
 
     def remember(self) -> Callable[[], None]:
         """

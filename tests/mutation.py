@@ -25,6 +25,7 @@ OWN_TESTS = {
     "distributions": ["distributions"],
     "curvature": ["ihvp"],
     "ihvp": ["ihvp"],
+    "optimizers": ["optimizers"],
 }
 SETTINGS = """
 [tool.mutmut]
