@@ -24,7 +24,7 @@ from sb3_blpo.chain import Chain
 from sb3_blpo.checks import not_finite
 from sb3_blpo.distributions import Bernoulli, Categorical, DiagGaussian, MultiCategorical, WrittenOut
 from sb3_blpo.jacobian import AutogradJacobian, FormedJacobian, FunctionalJacobian, Jacobian, flat_gradient
-from sb3_blpo.layers import ChainJacobian, KnownInputs, LayerJacobian
+from sb3_blpo.layers import ChainJacobian, LayerJacobian
 from sb3_blpo.optimizers import are_same
 from sb3_blpo.policies import (
     acts_as_trained,
@@ -71,16 +71,10 @@ class Critic(nn.Module):
         self.found_layers = found_layers(policy, parameters)
         if self.found_layers is not None and curvature == "gauss_newton":  # whose first derivatives are all that is checked
             self.jacobians.insert(0, LayerJacobian)
-        self.start()
-        #: Of actor and critic, what normalisation layers keep; a mask of -inf is none of it
-        self.statistics = [x for x in policy.buffers() if x.is_floating_point() and x.numel() and x.float().isfinite().all()]
-
-    def start(self) -> None:
-        """Forget the last rollout: to be called before the first minibatch of a new one."""
         #: Whether this was seen, once for every ``train()``, by layers for every minibatch
         self.jacobian_is_right = False
-        #: Of each minibatch its observations, by their identity, and what of the Jacobian depends on them alone
-        self._first_inputs: dict[int, tuple[PyTorchObs, KnownInputs]] = {}
+        #: Of actor and critic, what normalisation layers keep; a mask of -inf is none of it
+        self.statistics = [x for x in policy.buffers() if x.is_floating_point() and x.numel() and x.float().isfinite().all()]
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
         """
@@ -133,19 +127,18 @@ class Critic(nn.Module):
         finally:
             self.policy.set_training_mode(before)
 
-    def jacobian(self, observations: PyTorchObs, generator: th.Generator) -> Jacobian:
+    def jacobian(
+        self, observations: PyTorchObs, generator: th.Generator, kept: dict[str, th.Tensor] | None = None
+    ) -> Jacobian:
         """
         :param observations: (n, ...)
         :param generator: Source of what the Jacobian draws
+        :param kept: What Jacobians at the same observations leave to one another, empty at first; ``None``: nothing
         :return: The values' Jacobian by the critic's parameters
         :raises ValueError: If it has to be formed and is too large
         """
         if self.chain is not None:
-            _, first = self._first_inputs.get(id(observations), (None, None))
-            by_hand = ChainJacobian(self.chain, self._features(observations), first)
-            # With the observations, so that nothing else can have their identity
-            self._first_inputs[id(observations)] = (observations, by_hand.first)
-            return by_hand
+            return ChainJacobian(self.chain, self._features(observations), kept)
         if self.layers is not None:
             return LayerJacobian(self, observations, self.layers)
 

@@ -380,7 +380,7 @@ class BLPO(OnPolicyAlgorithm):
         if self.solver is not None:
             assert self.sketch_generator is not None
             self.solver.draw(critic_descent.vector, self.sketch_generator)
-            self.critic.start()
+            self.critic.jacobian_is_right = False
 
         minibatches: list[dict[str, th.Tensor]] = []
         first_of_epoch = 0
@@ -478,7 +478,7 @@ class BLPO(OnPolicyAlgorithm):
                 values = self.critic.values(segment.observations)
             else:
                 assert self.sketch_generator is not None
-                jacobian = self.critic.jacobian(segment.observations, self.sketch_generator)
+                jacobian = self.critic.jacobian(segment.observations, self.sketch_generator, segment.kept)
                 values = jacobian.values
             return hypergradient(
                 log_prob,

@@ -86,31 +86,30 @@ class Inputs:
         return squared_norms.add_(ONE) if self.has_bias else squared_norms
 
 
-class KnownInputs(Inputs):
+class FirstInputs(Inputs):
     """
-    Those of a first layer, which do not depend on the parameters: what was computed last is kept.
+    Those of a first layer, which do not depend on the parameters, so that what was computed once may be kept.
 
     :param h: The inputs (n_rows, n_in)
     :param has_bias: As in :class:`Inputs`
+    :param kept: What was, of the same inputs
     """
 
-    def __init__(self, h: th.Tensor, has_bias: bool) -> None:
+    def __init__(self, h: th.Tensor, has_bias: bool, kept: dict[str, th.Tensor]) -> None:
         super().__init__(h, has_bias)
-        self._rows: th.Tensor | None = None
+        self.kept = kept
 
     def gram(self, rows: th.Tensor | None) -> th.Tensor:
         if rows is None:  # as large as the minibatch squared
             return super().gram(rows)
-        if rows is not self._rows:
-            self._rows, self._gram = rows, super().gram(rows)
-        return self._gram
-
-    @functools.cached_property
-    def _squared_norms(self) -> th.Tensor:
-        return super().squared_norms()
+        if self.kept.get("rows") is not rows:
+            self.kept |= {"rows": rows, "gram": super().gram(rows)}
+        return self.kept["gram"]
 
     def squared_norms(self) -> th.Tensor:
-        return self._squared_norms
+        if "squared_norms" not in self.kept:
+            self.kept["squared_norms"] = super().squared_norms()
+        return self.kept["squared_norms"]
 
 
 def _select(x: th.Tensor, rows: th.Tensor | None) -> th.Tensor:
@@ -363,12 +362,12 @@ class ChainJacobian(LayerJacobian):
 
     :param chain: The layers and activations, with one output
     :param inputs: What goes into the first of them (n_rows, n_in)
-    :param first: The first layer's inputs, where another Jacobian had the same; ``None``: they are made
+    :param kept: What Jacobians of the same inputs leave to one another, empty at first; ``None``: nothing
     """
 
-    def __init__(self, chain: Chain, inputs: th.Tensor, first: KnownInputs | None = None) -> None:
+    def __init__(self, chain: Chain, inputs: th.Tensor, kept: dict[str, th.Tensor] | None = None) -> None:
         self.tape = chain.tape(inputs)
-        self.first = KnownInputs(self.tape.inputs[0], chain.layers[0].bias is not None) if first is None else first
+        self.kept = {} if kept is None else kept
         super().__init__(chain, inputs, chain.layers)
 
     def _forward(self) -> th.Tensor:
@@ -381,7 +380,8 @@ class ChainJacobian(LayerJacobian):
         signals = tape.signals(th.ones_like(tape.outputs))
         parts: list[LayerRows] = []
         for i, ((_, bias), h, signal) in enumerate(zip(tape.parameters, tape.inputs, signals, strict=True)):
-            inputs = Inputs(h, bias is not None) if i > 0 else self.first
+            has_bias = bias is not None
+            inputs = Inputs(h, has_bias) if i > 0 else FirstInputs(h, has_bias, self.kept)
             gives_values = i == len(signals) - 1 and not tape.pullbacks[i]
             parts.append((OutputRows if gives_values else LinearRows)(inputs, signal))
         return parts

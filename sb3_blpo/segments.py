@@ -62,6 +62,7 @@ class Segment(NamedTuple):
     :param truncated: Flat indices of the truncated steps (n_truncated,)
     :param lambda_return: The lambda-returns as a function of values (T, B), its rewards without the bootstrap value that SB3
         adds at truncations
+    :param kept: What depends on the observations alone and is computed once, by whoever needs it
     """
 
     observations: PyTorchObs
@@ -70,6 +71,7 @@ class Segment(NamedTuple):
     returns: th.Tensor
     truncated: th.Tensor
     lambda_return: gae.LambdaReturn
+    kept: dict[str, th.Tensor] | None = None
 
     @property
     def n_transitions(self) -> int:
@@ -209,4 +211,5 @@ class Rollout:
                 self.gamma,
                 self.gae_lambda,
             ),
+            kept={},
         )

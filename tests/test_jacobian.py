@@ -467,25 +467,21 @@ def test_convolutions_of_ones_own_with_many_parameters(monkeypatch):
 
 
 def test_what_depends_on_the_observations_alone_is_kept() -> None:
-    """For each minibatch by itself, and no longer than until the next rollout."""
     policy = ActorCriticPolicy(BOX, spaces.Discrete(2), ConstantSchedule(1e-3))
     critic = Critic(policy, list(split_parameters(policy, BOX)[1].values()))
-    minibatches = [th.randn(6, *BOX.shape) for _ in range(2)]
+    observations, kept = th.randn(6, *BOX.shape), dict[str, th.Tensor]()
     rows, others = th.tensor([4, 0]), th.tensor([3])
-    kept = []
-    for _ in range(2):
-        for observations in minibatches:
-            jacobian = critic.jacobian(observations, th.Generator())
-            assert isinstance(jacobian, ChainJacobian)
-            kept.append(jacobian.first)
-            for index in (rows, rows, others, rows, None):
-                expected = LayerJacobian(critic, observations, critic.layers).gram(index)
-                th.testing.assert_close(jacobian.gram(index), expected)
-            exact = LayerJacobian(critic, observations, critic.layers).squared_norm(5)
-            th.testing.assert_close(jacobian.squared_norm(5), exact)
+    grams = []
+    for index in (rows, None, rows, others, rows):
+        jacobian, expected = (
+            critic.jacobian(observations, th.Generator(), kept),
+            LayerJacobian(critic, observations, critic.layers),
+        )
+        th.testing.assert_close(jacobian.gram(index), expected.gram(index))
+        th.testing.assert_close(jacobian.squared_norm(5), expected.squared_norm(5))
+        grams.append(kept["gram"])
         with th.no_grad():
             for parameter in critic.trainable.values():
                 parameter.add_(0.1 * th.randn_like(parameter))
-    assert kept[0] is kept[2] and kept[1] is kept[3] and kept[0] is not kept[1]
-    critic.start()
-    assert critic.jacobian(minibatches[0], th.Generator()).first is not kept[0]  # type: ignore[attr-defined]
+    assert grams[0] is grams[1] is grams[2] and grams[2] is not grams[3] and grams[3] is not grams[4]
+    assert {name: x.shape for name, x in kept.items()} == {"rows": (2,), "gram": (2, 6), "squared_norms": (6,)}
