@@ -21,11 +21,10 @@ OWN_TESTS = {
     "hypergradient": ["hypergradient"],
     "jacobian": ["jacobian", "critics"],
     "layers": ["jacobian", "critics"],
-    "chain": ["jacobian"],
+    "chain": ["jacobian", "actor"],
     "distributions": ["distributions"],
     "curvature": ["ihvp"],
     "ihvp": ["ihvp"],
-    "optimizers": ["optimizers"],
 }
 SETTINGS = """
 [tool.mutmut]
