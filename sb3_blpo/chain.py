@@ -5,7 +5,7 @@ What a small network costs is less its arithmetic than everything around it: wri
 the time of automatic differentiation, and leaves behind the layers' inputs and signals, of which the Jacobian is made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch as th
@@ -77,7 +77,6 @@ class Chain(nn.Module):
         self.chain = nn.Sequential(*modules)
         self.modules_in_order = modules
         self.layers = [module for module in modules if isinstance(module, nn.Linear)]
-        self.sizes = sizes_of(self.layers)
         #: Here, for modules take their time to look up their parameters
         self.by_layer: list[tuple[th.Tensor, th.Tensor | None]] = [(layer.weight, layer.bias) for layer in self.layers]
 
@@ -118,14 +117,6 @@ class Chain(nn.Module):
                 if pullbacks:  # before the first layer there is nothing to differentiate by
                     pullbacks[-1].append(pullback)
         return Tape(self.by_layer, x, layer_inputs, pullbacks)
-
-
-def sizes_of(layers: Sequence[nn.Linear | nn.Conv2d]) -> list[int]:
-    """
-    :param layers: Layers
-    :return: Their numbers of parameters
-    """
-    return [layer.weight.numel() + (0 if layer.bias is None else len(layer.bias)) for layer in layers]
 
 
 def _activate(activation: nn.Module, z: th.Tensor) -> tuple[th.Tensor, Callable[[th.Tensor], th.Tensor]]:

@@ -92,18 +92,11 @@ class ValueCoefficients(NamedTuple):
     Derivatives by the values that :class:`LambdaReturn` bootstraps from.
 
     :param next_values: By V(s_{t+1}) (n_steps, n_envs)
-    :param rewards: By r_t (n_steps, n_envs)
-    :param gamma: Discount factor
+    :param terminal_values: By V of the terminal observations, meaningful where the step was truncated (n_steps, n_envs)
     """
 
     next_values: th.Tensor
-    rewards: th.Tensor
-    gamma: float
-
-    @property
-    def terminal_values(self) -> th.Tensor:
-        """By V of the terminal observations, meaningful where the step was truncated (n_steps, n_envs)."""
-        return self.gamma * self.rewards
+    terminal_values: th.Tensor
 
 
 class LambdaReturn:
@@ -154,4 +147,4 @@ class LambdaReturn:
         :return: The coefficients of the gradient sum_j c_j grad V(s_j)
         """
         z = self.U.adjoint(weights)
-        return ValueCoefficients(self.c * z, z, self.gamma)
+        return ValueCoefficients(self.c * z, self.gamma * z)

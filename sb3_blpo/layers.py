@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from sb3_blpo.chain import ONE, Chain, sizes_of
+from sb3_blpo.chain import ONE, Chain
 from sb3_blpo.jacobian import Jacobian, flat_gradient, hessian_v
 
 
@@ -256,8 +256,7 @@ class LayerJacobian(Jacobian):
         if layers is None:
             layers = [module for module in critic.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         self.layers = layers
-        #: Numbers of the layers' parameters
-        self.sizes = critic.sizes if isinstance(critic, Chain) else sizes_of(layers)
+        self.sizes = [layer.weight.numel() + (0 if layer.bias is None else len(layer.bias)) for layer in layers]
         super().__init__(self._forward(), sum(self.sizes))
 
     def _forward(self) -> th.Tensor:
