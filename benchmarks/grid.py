@@ -100,10 +100,22 @@ TOWARDS_PPO = {
     "PPO (BLPO's schedule), not normalized": Algorithm("ppo", PPO_SCHEDULE, {"normalize_advantage": False}),
 }
 ALGORITHMS |= VARIANTS | TOWARDS_PPO
+#: From which the constructor's defaults come, by the rules in tuning.md
+ROLLOUTS = {
+    f"BLPO none, critic_rollouts {n}": Algorithm("blpo", params={"ihvp_solver": "none", "critic_rollouts": n})
+    for n in (1, 4, 8, 16)
+}
+CAPS = {
+    f"BLPO, cap {cap}": Algorithm("blpo", params={"critic_rollouts": 8, "max_correction_ratio": cap})
+    for cap in (0.1, 0.25, 1.0)
+}
+ALGORITHMS |= ROLLOUTS | CAPS
 MAIN = ("random", "BLPO", "BLPO none", "PPO (tuned)", "PPO (BLPO's schedule)")
 TRPO = ("TRPO (tuned)",)
 MUJOCO = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
 SHORT = dict.fromkeys(MUJOCO, 250_000) | {"LunarLander-v3": 300_000, "CartPole-v1": 50_000, "Acrobot-v1": 100_000}
+#: Tasks of the runs that decide defaults
+DEFAULTS = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "LunarLander-v3")
 LONG = dict.fromkeys(MUJOCO, 1_000_000)
 #: What was chosen at a quarter of the length for which the entries are now made (tuning.md)
 SHORT_PARAMS = {
@@ -140,6 +152,8 @@ STAGES = {
         Grid(MAIN + TRPO, {"Ant-v5": 1_000_000, "Swimmer-v5": 1_000_000}, n_evaluations=20),
         Grid(MAIN, {"Pendulum-v1": 100_000, "LunarLanderContinuous-v3": 300_000}, n_evaluations=20),
     ],
+    "rollouts": [_short(tuple(ROLLOUTS), DEFAULTS)._replace(seeds=range(100, 105))],
+    "caps": [_short(tuple(CAPS), DEFAULTS)._replace(seeds=range(100, 105))],
     "ablation": [
         _short((*MAIN, *VARIANTS), ("Hopper-v5", "LunarLander-v3", "CartPole-v1")),
         _short((*MAIN, *TOWARDS_PPO), ("Hopper-v5",)),
@@ -152,6 +166,8 @@ OUTPUTS = {
     "replication": RESULTS / "replication" / "returns.csv",
     "stage2": RESULTS / "stage2" / "returns.csv",
     "ablation": RESULTS / "returns.csv",
+    "rollouts": RESULTS / "defaults" / "returns.csv",
+    "caps": RESULTS / "defaults" / "returns.csv",
 }
 
 

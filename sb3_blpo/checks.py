@@ -6,6 +6,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.type_aliases import Schedule
 
 IHVP_SOLVERS = ("nystrom", "cg", "nystrom_cg", "exact", "none")
@@ -38,15 +39,22 @@ def check_finite(name: str, array: Any) -> None:
     arrays = array if isinstance(array, dict) else {"": array}
     for key, values in arrays.items():
         if not np.isfinite(values).all():
-            raise not_finite(f"{name}[{key!r}]" if key else name)
+            quantity = f"{name}[{key!r}]" if key else name
+            raise ValueError(
+                f"The rollout's `{quantity}` hold NaN or infinity, so BLPO stopped before any weight was changed."
+            )
 
 
-def not_finite(name: str) -> ValueError:
+def finite(name: str, x: th.Tensor) -> th.Tensor:
     """
-    :param name: What of the rollout is not finite
-    :return: The error that says so
+    :param name: Of a quantity, in the singular
+    :param x: The quantity
+    :return: The same
+    :raises FloatingPointError: If it holds NaN or infinity; ``train()`` makes a sentence of it
     """
-    return ValueError(f"The rollout's `{name}` hold NaN or infinity, so BLPO stopped before any weight was changed.")
+    if not x.isfinite().all():
+        raise FloatingPointError(name)
+    return x
 
 
 def _is_real(value: Any) -> bool:
@@ -98,22 +106,25 @@ def or_none(rule: Rule) -> Rule:
 
 ARGUMENT_RULES: dict[str, Rule] = {
     "learning_rate": RATE,
-    "critic_learning_rate": RATE,
     "n_steps": POSITIVE_INTEGER,
     "batch_size": POSITIVE_INTEGER,
     "n_epochs": POSITIVE_INTEGER,
-    "n_critic_updates": POSITIVE_INTEGER,
     "gamma": FRACTION,
     "gae_lambda": FRACTION,
     "clip_range": RATE,
+    "clip_range_vf": Rule("None: the critic has a loss of its own and takes no part in the actor's step", lambda x: x is None),
     "normalize_advantage": Rule("True or False", lambda x: isinstance(x, bool | np.bool_)),
     "ent_coef": NON_NEGATIVE,
     "max_grad_norm": POSITIVE,
+    "target_kl": or_none(POSITIVE_FINITE),
+    "critic_learning_rate": or_none(RATE),
+    "n_critic_updates": POSITIVE_INTEGER,
+    "critic_rollouts": or_none(POSITIVE_INTEGER),
     "ihvp_solver": one_of(*IHVP_SOLVERS),
     "ihvp_kwargs": or_none(Rule("a dictionary", lambda x: isinstance(x, dict))),
+    "ihvp_interval": or_none(POSITIVE_INTEGER),
     "curvature": one_of(*CURVATURES),
     "max_correction_ratio": or_none(NON_NEGATIVE),
-    "target_kl": or_none(POSITIVE_FINITE),
 }
 IHVP_RULES: dict[str, Rule] = {
     "damping": POSITIVE_FINITE,
@@ -143,10 +154,7 @@ def check_arguments(model: Any) -> None:
     :raises ValueError: If one is of the wrong type or out of range
     """
     for name, rule in ARGUMENT_RULES.items():
-        value = getattr(model, name)
-        check(name, rule, value)
-        if rule is RATE and callable(value):
-            scheduled(name, value, 1.0)
+        check(name, rule, getattr(model, name))
     for key, value in (model.ihvp_kwargs or {}).items():
         if key not in IHVP_RULES:
             raise ValueError(f"`ihvp_kwargs` takes {', '.join(map(repr, IHVP_RULES))}, got {key!r}.")

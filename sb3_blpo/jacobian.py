@@ -1,348 +1,439 @@
 """
-Products with the critic's Jacobian J, whose row j is the gradient of the value V(s_j) by the critic's parameters.
+The critic's Jacobian J, whose row j is the gradient of the value V(s_j) by the critic's trainable parameters (n_params,),
+flattened and joined.
 
-:mod:`sb3_blpo.layers` serves critics made of Linear and Conv2d layers. Here :class:`FunctionalJacobian` serves every other one
-through torch.func, :class:`AutogradJacobian` those that it cannot transform, and :class:`FormedJacobian` those whose pass back
-cannot be differentiated itself.
+J is never held as a whole. For a critic made of Linear and Conv2d layers all products follow from the layers' inputs and
+signals: :class:`LayerJacobian`. For any other critic the rows of some random states are formed: :class:`SampledJacobian`.
 """
 
-import contextlib
-import math
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch as th
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
-#: No Jacobian of a critic that is not made of layers is larger than this, where it has to be formed
-MAX_JACOBIAN_BYTES = 64 * 2**20
+#: A critic that is not made of layers: how many rows are formed at most, and how large they may be together
+MAX_SAMPLED_ROWS = 256
+MAX_SAMPLED_BYTES = 2**28
+
+
+def flatten(parts: Sequence[th.Tensor]) -> th.Tensor:
+    """
+    :param parts: Tensors
+    :return: One vector of all their elements
+    """
+    return th.cat([part.flatten() for part in parts])
+
+
+def unflatten(v: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """
+    :param v: A vector of as many elements as the parameters have (n_params,)
+    :param parameters: Parameters
+    :return: The vector's parts in their shapes
+    """
+    parts = v.split([parameter.numel() for parameter in parameters])
+    return [part.view_as(parameter).to(parameter.dtype) for part, parameter in zip(parts, parameters, strict=True)]
+
+
+class Rows(ABC):
+    """Some rows of J, or the part of them that belongs to one layer."""
+
+    @abstractmethod
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        """
+        :param v: A parameter vector (n_params,)
+        :return: J v (n_rows,)
+        """
+
+    @abstractmethod
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        """
+        :param w: A coefficient for each row (n_rows,)
+        :return: J^T w (n_params,)
+        """
+
+    @abstractmethod
+    def gram(self, other: Any) -> th.Tensor:
+        """
+        :param other: k rows of the same kind
+        :return: Inner products of these rows with the others (n_rows, k)
+        """
+
+    @abstractmethod
+    def squared_norms(self) -> th.Tensor:
+        """
+        :return: Of each row (n_rows,)
+        """
+
+
+class FormedRows(Rows):
+    """
+    Rows as a matrix.
+
+    :param matrix: (n_rows, n_params)
+    """
+
+    def __init__(self, matrix: th.Tensor) -> None:
+        self.matrix = matrix
+
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        return self.matrix @ v
+
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        return w @ self.matrix
+
+    def gram(self, other: "FormedRows") -> th.Tensor:
+        return self.matrix @ other.matrix.T
+
+    def squared_norms(self) -> th.Tensor:
+        return self.matrix.square().sum(dim=1)
+
+
+class LinearRows(Rows):
+    """
+    Of a Linear layer: the gradient of V(s_j) by its weight is the outer product of the layer's signal delta[j] = dV/dz and
+    its input h[j], so every product is a matrix product with these factors.
+
+    :param h: The layer's inputs (n_rows, n_in)
+    :param delta: Derivatives of the values by its outputs (n_rows, n_out)
+    :param has_bias: Whether it has a bias, which sees the constant input 1
+    """
+
+    def __init__(self, h: th.Tensor, delta: th.Tensor, has_bias: bool) -> None:
+        self.h = F.pad(h, (0, 1), value=1.0) if has_bias else h
+        self.delta = delta
+        self.has_bias = has_bias
+
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        n_out, n_in = self.delta.shape[1], self.h.shape[1]
+        if self.has_bias:
+            v = th.cat([v[:-n_out].view(n_out, n_in - 1), v[-n_out:, None]], dim=1)
+        return th.linalg.vecdot(self.h, self.delta @ v.view(n_out, n_in))
+
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        product = (self.delta * w[:, None]).T @ self.h
+        return flatten([product[:, :-1], product[:, -1]] if self.has_bias else [product])
+
+    def gram(self, other: "LinearRows") -> th.Tensor:
+        return (self.delta @ other.delta.T).mul_(self.h @ other.h.T)
+
+    def squared_norms(self) -> th.Tensor:
+        return th.linalg.vecdot(self.delta, self.delta) * th.linalg.vecdot(self.h, self.h)
+
+
+def conv_rows(layer: nn.Conv2d, h: th.Tensor, delta: th.Tensor) -> FormedRows:
+    """
+    Rows of a Conv2d layer: weights shared over the image leave no outer product, but are few.
+
+    :param layer: The layer
+    :param h: Its inputs (n_rows, n_channels, height, width)
+    :param delta: Derivatives of the values by its outputs (n_rows, n_out, height', width')
+    :return: Its part of J
+    """
+    patches = F.unfold(h, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    delta = delta.flatten(2)
+    by_weight = (delta @ patches.transpose(1, 2)).flatten(1)
+    return FormedRows(by_weight if layer.bias is None else th.cat([by_weight, delta.sum(dim=2)], dim=1))
+
+
+class AllLayers(Rows):
+    """
+    Rows of a critic that is made of layers.
+
+    :param parts: Of each layer
+    :param sizes: How many parameters each layer has
+    """
+
+    def __init__(self, parts: Sequence[Rows], sizes: Sequence[int]) -> None:
+        self.parts = parts
+        self.sizes = list(sizes)
+
+    def J_v(self, v: th.Tensor) -> th.Tensor:
+        return th.stack([part.J_v(own) for part, own in zip(self.parts, v.split(self.sizes), strict=True)]).sum(dim=0)
+
+    def Jt_w(self, w: th.Tensor) -> th.Tensor:
+        return th.cat([part.Jt_w(w) for part in self.parts])
+
+    def gram(self, other: "AllLayers") -> th.Tensor:
+        gram = self.parts[0].gram(other.parts[0])
+        for part, theirs in zip(self.parts[1:], other.parts[1:], strict=True):
+            gram += part.gram(theirs)
+        return gram
+
+    def squared_norms(self) -> th.Tensor:
+        return th.stack([part.squared_norms() for part in self.parts]).sum(dim=0)
+
+
+class Values(nn.Module):
+    """
+    A policy's critic as a module of its own.
+
+    :param policy: The policy
+    """
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, observations: Any) -> th.Tensor:
+        """
+        :param observations: (n, ...)
+        :return: Their values (n,)
+        """
+        return self.policy.predict_values(observations).flatten()
 
 
 class Jacobian(ABC):
     """
-    The linear map from a change of the critic's parameters (n_params,) to the change of its values (n_rows,).
+    J of the values of observations, the N states in the critic's loss first.
 
-    Parameters are in the order of the critic's optimizer, flattened and joined.
-
-    :param values: V(s_j), detached (n_rows,)
-    :param n_params: Number of the critic's parameters
+    :param critic: Maps observations to values (n,), in eval mode
+    :param take: Maps indices of observations to a copy of these
+    :param n_observations: How many there are
+    :param n_states: N, how many of them are in the critic's loss, from the first on
+    :param parameters: The critic's trainable parameters
+    :param batch_size: At most so many observations go through the critic at a time
     """
 
-    #: Whether :meth:`gram` costs about as much as one product, so that solvers may work in the space of values
-    cheap_gram: bool
-
-    def __init__(self, values: th.Tensor, n_params: int) -> None:
-        self.values = values
-        self.n_params = n_params
-
-    @abstractmethod
-    def J_v(self, v: th.Tensor) -> th.Tensor:
-        """
-        :param v: Parameter vectors (n_params,) or (n_params, k)
-        :return: J v (n_rows,) or (n_rows, k)
-        """
-
-    @abstractmethod
-    def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        """
-        :param w: Coefficients of the rows (n_rows,) or (n_rows, k)
-        :return: J^T w (n_params,) or (n_params, k)
-        """
+    def __init__(
+        self,
+        critic: nn.Module,
+        take: Callable[[th.Tensor], Any],
+        n_observations: int,
+        n_states: int,
+        parameters: Sequence[nn.Parameter],
+        batch_size: int,
+    ) -> None:
+        self.critic, self.take = critic, take
+        self.n_observations, self.n_states = n_observations, n_states
+        self.parameters = list(parameters)
+        self.n_params = sum(parameter.numel() for parameter in parameters)
+        self.batch_size = batch_size
+        #: The states that the curvature is made from: all, or a sample of them
+        self.loss_states = th.arange(n_states)
 
     @abstractmethod
-    def columns(self, index: th.Tensor) -> th.Tensor:
+    def at(self, index: th.Tensor) -> Rows:
         """
-        :param index: Indices of parameters (k,)
-        :return: These columns of J (n_rows, k)
+        :param index: Indices of observations (k,)
+        :return: Their rows
         """
 
     @abstractmethod
-    def gram(self, rows: th.Tensor | None = None) -> th.Tensor:
+    def chunks(self) -> Iterable[Rows]:
         """
-        :param rows: Indices of k rows of J (k,); ``None``: all of them
-        :return: These rows of the Gram matrix J J^T (k, n_rows)
-        """
-
-    @abstractmethod
-    def squared_norm(self, n: int) -> th.Tensor:
-        """
-        :param n: How many rows count, from the first
-        :return: The sum of their squared norms, the trace of J^T J for these rows ()
+        :return: The rows of :attr:`loss_states`, in order, some at a time
         """
 
     @abstractmethod
+    def to_values(self, v: th.Tensor) -> th.Tensor:
+        """
+        :param v: Change of the parameters (n_params,)
+        :return: What it does to the values of the N states, to first order (N,)
+        """
+
+    def gradient(self, c: th.Tensor) -> th.Tensor:
+        """
+        :param c: A coefficient for each observation (n_observations,)
+        :return: J^T c, the gradient of sum_j c_j V(s_j) (n_params,)
+        """
+        total = c.new_zeros(self.n_params)
+        for index in th.arange(self.n_observations).split(self.batch_size):
+            total += self._differentiate(self._values(index), c[index])
+        return total
+
     def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
         """
-        :param w: Weights of the values (n_rows,)
+        :param w: Weights of :attr:`loss_states` (n,)
         :param v: Parameter vector (n_params,)
         :return: (sum_j w_j Hessian of V(s_j)) v (n_params,)
+        :raises ValueError: If torch cannot differentiate the critic's gradient
         """
+        total = th.zeros_like(v)
+        for index, weights in zip(self.loss_states.split(self.batch_size), w.split(self.batch_size), strict=True):
+            gradient = self._differentiate(self._values(index), weights, create_graph=True)
+            try:
+                total += self._differentiate(gradient, v)
+            except RuntimeError as error:
+                raise ValueError(f"`curvature`='hessian' takes a critic with second derivatives ({error}).") from error
+        return total
 
-    def is_consistent(self) -> bool:
-        """
-        :return: Whether the products are right, as far as this is not known beforehand and can be seen
-        """
-        return True
+    def _values(self, index: th.Tensor) -> th.Tensor:
+        with th.enable_grad():
+            return self.critic(self.take(index))
+
+    def _differentiate(self, outputs: th.Tensor, weights: th.Tensor, create_graph: bool = False) -> th.Tensor:
+        if not outputs.requires_grad:  # linear in the parameters, or without any
+            return outputs.new_zeros(self.n_params)
+        gradients = th.autograd.grad(
+            outputs, self.parameters, weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        return flatten(gradients)
 
 
-class VectorwiseJacobian(Jacobian):
+class LayerJacobian(Jacobian):
     """
-    Jacobian of any critic, by products with one vector at a time: none needs an array of n_rows × n_params.
+    Of a critic whose parameters all belong to Linear and Conv2d layers, each used once. Inputs and signals of Linear layers
+    are kept, memory linear in the number of states; the rows of Conv2d layers are made anew whenever they are needed.
 
-    The squared norm is an unbiased estimate (Hutchinson) from a few ±1 probes; :meth:`gram` alone forms the Jacobian.
-
-    :param values: V(s_j), detached (n_rows,)
-    :param parameters: The critic's parameters by name
-    :param generator: Source of the probes
+    :param layers: The layers, in the order of the parameters
+    :param arguments: As for :class:`Jacobian`
     """
 
-    cheap_gram = False
-    n_probes = 8
+    def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.layers = layers
+        self.sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+        self._kept: list[Rows] | None = None
 
-    def __init__(self, values: th.Tensor, parameters: dict[str, th.Tensor], generator: th.Generator) -> None:
-        super().__init__(values, sum(parameter.numel() for parameter in parameters.values()))
-        self.parameters = parameters
-        self.generator = generator
+    def chunks(self) -> Iterable[Rows]:
+        if self._kept is not None:
+            return self._kept
+        chunks = map(self.at, self.loss_states.split(self.batch_size))
+        if all(isinstance(layer, nn.Linear) for layer in self.layers):
+            self._kept = list(chunks)
+            return self._kept
+        return chunks
 
-    @abstractmethod
-    def _J_v(self, v: th.Tensor) -> th.Tensor:
-        """J v for one vector."""
+    def to_values(self, v: th.Tensor) -> th.Tensor:
+        return th.cat([rows.J_v(v) for rows in self.chunks()])
 
-    @abstractmethod
-    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
-        """J^T w for one vector."""
+    def at(self, index: th.Tensor) -> Rows:
+        seen: dict[nn.Module, list[tuple[th.Tensor, Any]]] = {layer: [] for layer in self.layers}
 
-    def J_v(self, v: th.Tensor) -> th.Tensor:
-        return self._J_v(v) if v.ndim == 1 else th.stack([self._J_v(column) for column in v.T], dim=1)
+        def see(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
+            # The edge stays where it is if the output is changed in place
+            seen[layer].append((inputs[0].detach(), get_gradient_edge(output)))
 
-    def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        return self._Jt_w(w) if w.ndim == 1 else th.stack([self._Jt_w(column) for column in w.T], dim=1)
+        hooks = [layer.register_forward_hook(see, prepend=True) for layer in self.layers]
+        try:
+            values = self._values(index)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for layer, calls in seen.items():
+            if [(h.ndim, len(h)) for h, _ in calls] != [(2 if isinstance(layer, nn.Linear) else 4, len(index))]:
+                raise RuntimeError(f"{layer} is not called once, with one row for each value.")
+        # A value depends on its own row alone: the gradient of their sum has each row's own in its place
+        deltas = th.autograd.grad(values.sum(), [calls[0][1] for calls in seen.values()])
+        parts: list[Rows] = []
+        for layer, calls, delta in zip(self.layers, seen.values(), deltas, strict=True):
+            h = calls[0][0]
+            parts.append(
+                conv_rows(layer, h, delta) if isinstance(layer, nn.Conv2d) else LinearRows(h, delta, layer.bias is not None)
+            )
+        return AllLayers(parts, self.sizes)
 
-    def columns(self, index: th.Tensor) -> th.Tensor:
-        unit = self.values.new_zeros(self.n_params)
-        return th.stack([self.J_v(unit.index_fill(0, i, 1.0)) for i in index], dim=1)
-
-    def gram(self, rows: th.Tensor | None = None) -> th.Tensor:
-        identity = th.eye(len(self.values), dtype=self.values.dtype, device=self.values.device)
-        if rows is not None:
-            return th.stack([self.J_v(self.Jt_w(row)) for row in identity[rows]])
-        J_transposed = self.Jt_w(identity)
-        return J_transposed.T @ J_transposed
-
-    def is_consistent(self) -> bool:
-        # Both belong to one matrix, <w, J v> = <J^T w, v>, unless the critic's pass back holds something that torch takes for
-        # constant
-        generator = th.Generator("cpu").manual_seed(0)
-        n_each = [parameter.numel() for parameter in self.parameters.values()]
-        for _ in range(self.n_probes):
-            sizes = (len(self.values), self.n_params)
-            w, v = (th.randn(n, generator=generator, device="cpu").to(self.values) for n in sizes)
-            Jt_w = self.Jt_w(w)
-            # Every parameter counts alike, however small its gradient, unless that is rounding
-            norms = th.cat([th.linalg.vector_norm(part).expand(len(part)) for part in Jt_w.split(n_each)])
-            v = th.where(norms > 1e-6 * norms.max(), v / norms, 0)
-            # Far above the rounding of bfloat16. What is not finite says nothing about the products, and does not stay unseen
-            if 0.1 * len(n_each) ** 0.5 < (w @ self.J_v(v) - Jt_w @ v).abs() < math.inf:
+    def is_right(self) -> bool:
+        """
+        :return: Whether what the layers give for a few rows is what automatic differentiation gives; not so where a layer is
+            called twice, or its weights are used in another way, or values depend on one another's observations
+        """
+        index = th.linspace(0, self.n_observations - 1, min(self.n_observations, 16)).long()
+        try:
+            rows = self.at(index)
+        except RuntimeError:
+            return False
+        values = self._values(index)
+        w = th.linspace(1, 2, len(index)).to(values)
+        exact = self._differentiate(values, w).split(self.sizes)
+        for given, true in zip(rows.Jt_w(w).split(self.sizes), exact, strict=True):
+            # Far above rounding; what is not finite says nothing about the layers
+            if th.linalg.vector_norm(given - true) > 0.01 * th.linalg.vector_norm(true) + 1e-6 * flatten(exact).abs().max():
                 return False
         return True
 
-    def squared_norm(self, n: int) -> th.Tensor:
-        coins = th.randint(2, (self.n_probes, n), generator=self.generator, device=self.generator.device)
-        signs = coins.to(self.values) * 2 - 1
-        probes = F.pad(signs, (0, len(self.values) - n))
-        return th.stack([self.Jt_w(probe).square().sum() for probe in probes]).mean()
 
-
-class FunctionalJacobian(VectorwiseJacobian):
+class SampledJacobian(Jacobian):
     """
-    Through torch.func.
+    Of any critic. The curvature is made from the rows of some random states, which are formed; the gradient and the changes of
+    values are those of all observations.
 
-    :param critic: Maps a dictionary of parameters to the values (n_rows,)
-    :param parameters: The critic's parameters by name
-    :param generator: Source of the probes
+    :param generator: Source of the sample
+    :param arguments: As for :class:`Jacobian`
     """
 
-    def __init__(
-        self, critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], generator: th.Generator
-    ) -> None:
-        self.critic = critic
-        parameters = {name: parameter.detach() for name, parameter in parameters.items()}
-        values, self._vjp = th.func.vjp(critic, parameters)[:2]
-        super().__init__(values.detach(), parameters, generator)
+    def __init__(self, generator: th.Generator, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        n = min(MAX_SAMPLED_ROWS, max(1, MAX_SAMPLED_BYTES // (4 * self.n_params)), self.n_states)
+        self.loss_states = th.randperm(self.n_states, generator=generator)[:n].sort().values
+        self._rows = self.at(self.loss_states)
 
-    def _J_v(self, v: th.Tensor) -> th.Tensor:
-        # Backwards: the derivative of w -> J^T w, which is linear in w
-        return _jvp(
-            self.critic, self.parameters, v,
-            lambda Jt_w, tangent: th.func.vjp(lambda w: Jt_w(w)[0], th.zeros_like(self.values))[1](tangent)[0],
-        )  # fmt: skip
+    def chunks(self) -> Iterable[Rows]:
+        return [self._rows]
 
-    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
-        return _flatten(self._vjp(w)[0])
+    def at(self, index: th.Tensor) -> Rows:
+        observations = self.take(index)
+        names = {id(parameter): name for name, parameter in self.critic.named_parameters()}
+        parameters = {names[id(parameter)]: parameter.detach() for parameter in self.parameters}
 
-    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
-        return hessian_v(self.critic, self.parameters, w, v)
+        def value(parameters: dict[str, th.Tensor], observation: Any) -> th.Tensor:
+            one = tree_map(lambda obs: obs[None], observation)
+            return functional_call(self.critic, parameters, (one,))[0]
+
+        try:
+            rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(parameters, observations)
+            return FormedRows(th.cat([part.flatten(1) for part in rows.values()], dim=1))
+        except th.OutOfMemoryError:
+            raise
+        except Exception:  # GRU, checkpointing, an old-style autograd.Function and others: one by one
+            one = th.ones(1, dtype=self.parameters[0].dtype, device=self.parameters[0].device)
+            return FormedRows(th.stack([self._differentiate(self._values(i), one) for i in index.split(1)]))
+
+    @th.no_grad()
+    def to_values(self, v: th.Tensor) -> th.Tensor:
+        # A central difference: what serves every critic. The step balances its error and rounding
+        before = [parameter.clone() for parameter in self.parameters]
+        scale = 1 + th.linalg.vector_norm(flatten(before))
+        step = th.finfo(v.dtype).eps ** (1 / 3) * scale / th.linalg.vector_norm(v).clamp_min(th.finfo(v.dtype).tiny)
+        values = []
+        try:
+            for sign in (1, -1):
+                for parameter, start, part in zip(self.parameters, before, unflatten(v, before), strict=True):
+                    parameter.copy_(start + sign * step * part)
+                parts = th.arange(self.n_states).split(self.batch_size)
+                values.append(th.cat([self.critic(self.take(index)) for index in parts]))
+        finally:
+            for parameter, start in zip(self.parameters, before, strict=True):
+                parameter.copy_(start)
+        return (values[0] - values[1]) / (2 * step)
 
 
-class AutogradJacobian(VectorwiseJacobian):
+def layers_of(critic: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Linear | nn.Conv2d] | None:
     """
-    Without torch.func, for critics that it cannot transform: an ``autograd.Function`` without ``setup_context()``,
-    checkpointing, buffers that every forward pass updates in place. Products with J, too, are made backwards.
-
-    :param critic: Maps a dictionary of parameters to the values (n_rows,)
-    :param parameters: The critic's parameters by name
-    :param generator: Source of the probes
+    :param critic: The critic
+    :param parameters: Its trainable parameters
+    :return: Its layers in the order of the parameters, if all of them are those of plain Linear and Conv2d layers; else None
     """
-
-    def __init__(
-        self, critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], generator: th.Generator
-    ) -> None:
-        # Not the critic's own, whose hooks are for gradients of its loss
-        parameters = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
-        with th.enable_grad(), _twice_differentiable():
-            self._graph = critic(parameters)
-        super().__init__(self._graph.detach(), parameters, generator)
-
-    def _gradient(self, output: th.Tensor, weights: th.Tensor, create_graph: bool = False) -> th.Tensor:
-        """Gradient of <output, weights> by the parameters (n_params,)."""
-        with th.enable_grad(), _twice_differentiable():
-            return flat_gradient([output], list(self.parameters.values()), [weights], create_graph)
-
-    def _J_v(self, v: th.Tensor) -> th.Tensor:
-        w = th.zeros_like(self.values).requires_grad_()
-        Jt_w = self._gradient(self._graph, w, create_graph=True)
-        with _twice_differentiable():
-            return flat_gradient([Jt_w], [w], [v])
-
-    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
-        return self._gradient(self._graph, w)
-
-    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
-        return self._gradient(self._gradient(self._graph, w, create_graph=True), v)
+    own = [id(parameter) for parameter in parameters]
+    layers = [module for module in critic.modules() if any(id(p) in own for p in module.parameters(recurse=False))]
+    if [id(parameter) for layer in layers for parameter in layer._parameters.values() if parameter is not None] != own:
+        return None
+    plain = [layer for layer in layers if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and _is_plain(layer))]
+    return plain if plain and len(plain) == len(layers) else None
 
 
-class FormedJacobian(VectorwiseJacobian):
+def _is_plain(layer: nn.Conv2d) -> bool:
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def make_jacobian(policy: Any, generator: th.Generator, *arguments: Any) -> Jacobian:
     """
-    Row by row, for critics whose pass back cannot be differentiated itself: with an ``autograd.Function`` that is
-    ``once_differentiable`` or computes its gradient outside of torch, or an operation without a second derivative.
-
-    :param critic: Maps a dictionary of parameters to the values (n_rows,)
-    :param parameters: The critic's parameters by name
-    :param generator: Source of the probes
-    :raises ValueError: If the Jacobian is too large
+    :param policy: The policy, in eval mode
+    :param generator: Source of a sample of states
+    :param arguments: As for :class:`Jacobian`, without ``critic``
+    :return: By layers, where these give what automatic differentiation does; else from sampled rows
     """
-
-    def __init__(
-        self, critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], generator: th.Generator
-    ) -> None:
-        parameters = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
-        with th.enable_grad():
-            values = critic(parameters)
-        super().__init__(values.detach(), parameters, generator)
-        n_bytes = len(values) * self.n_params * values.element_size()
-        if n_bytes > MAX_JACOBIAN_BYTES:
-            raise ValueError(
-                "Torch cannot differentiate the critic's gradient, so that its Jacobian has to be formed and may have at most "
-                f"{MAX_JACOBIAN_BYTES} bytes, but a minibatch with {len(values)} values of {self.n_params} parameters needs "
-                f"{n_bytes}; use a smaller `batch_size` or `ihvp_solver`='none'."
-            )
-        with th.enable_grad():
-            self.rows = th.stack([flat_gradient([value], list(parameters.values())) for value in values])
-
-    def _J_v(self, v: th.Tensor) -> th.Tensor:
-        return self.rows @ v
-
-    def _Jt_w(self, w: th.Tensor) -> th.Tensor:
-        return self.rows.T @ w
-
-    def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
-        raise ValueError("Torch cannot differentiate the critic's gradient: use `curvature`='gauss_newton'.")
-
-
-def flat_gradient(
-    outputs: Sequence[th.Tensor],
-    parameters: Sequence[th.Tensor],
-    by_outputs: Sequence[th.Tensor] | None = None,
-    create_graph: bool = False,
-) -> th.Tensor:
-    """
-    :param outputs: What to differentiate; may be differentiated again
-    :param parameters: By what: any number
-    :param by_outputs: Weights of the outputs' elements; ``None``: 1, and each output is one number
-    :param create_graph: Whether the gradient is to be differentiated itself
-    :return: The gradient, flattened and joined; 0 for what the outputs do not depend on (n_params,)
-    """
-    dependent = [i for i, output in enumerate(outputs) if output.requires_grad]
-    if not parameters or not dependent:
-        return outputs[0].new_zeros(sum(parameter.numel() for parameter in parameters))
-    outputs = [outputs[i] for i in dependent]
-    by_outputs = None if by_outputs is None else [by_outputs[i] for i in dependent]
-    gradients = th.autograd.grad(
-        outputs,
-        parameters,
-        by_outputs,
-        retain_graph=True,
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return th.cat([gradient.flatten() for gradient in gradients])
-
-
-def _flatten(tree: dict[str, th.Tensor]) -> th.Tensor:
-    return th.cat([part.flatten() for part in tree.values()])
-
-
-def _unflatten(v: th.Tensor, parameters: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
-    parts = v.split([parameter.numel() for parameter in parameters.values()])
-    return {name: part.view_as(parameter) for (name, parameter), part in zip(parameters.items(), parts, strict=True)}
-
-
-def hessian_v(
-    critic: Callable[[dict[str, th.Tensor]], th.Tensor], parameters: dict[str, th.Tensor], w: th.Tensor, v: th.Tensor
-) -> th.Tensor:
-    """
-    :param critic: Maps a dictionary of parameters to the values (n_rows,)
-    :param parameters: The parameters by name
-    :param w: As in :meth:`Jacobian.hessian_v`
-    :param v: Likewise
-    :return: The same product
-    """
-    gradient = th.func.grad(lambda p: (w * critic(p)).sum())
-    # Backwards: a Hessian is symmetric
-    return _flatten(_jvp(gradient, parameters, v, lambda H_v, tangent: H_v(tangent)[0]))
-
-
-#: torch's levels of forward mode belong to the process, and not to a thread
-_FORWARD_MODE = threading.Lock()
-
-
-def _jvp(
-    function: Callable[..., Any], parameters: dict[str, th.Tensor], v: th.Tensor, backwards: Callable[[Any, Any], Any]
-) -> Any:
-    """Product of a function's Jacobian with v; without forward mode by ``backwards``, from the product with the transpose."""
-    tangent = _unflatten(v, parameters)
-    try:
-        with _FORWARD_MODE:
-            return th.func.jvp(function, (parameters,), (tangent,))[1]
-    except NotImplementedError:  # torch's word for attention, LSTM, weight_norm and others
-        with _twice_differentiable():
-            return backwards(th.func.vjp(function, parameters)[1], tangent)
-
-
-@contextlib.contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Without kernels that can be differentiated only once, and not forward."""
-    backends: Any = (th.backends.mkldnn, th.backends.cudnn)  # their LSTMs
-    enabled = [backend.enabled for backend in backends]
-    try:
-        for backend in backends:
-            backend.enabled = False
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for backend, before in zip(backends, enabled, strict=True):
-            backend.enabled = before
+    critic = Values(policy)
+    *_, parameters, _ = arguments
+    layers = layers_of(critic, parameters)
+    if layers is not None:
+        jacobian = LayerJacobian(layers, critic, *arguments)
+        if jacobian.is_right():
+            return jacobian
+    return SampledJacobian(generator, critic, *arguments)

@@ -21,7 +21,8 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from sb3_blpo.archive import atomic_file
-from sb3_blpo.blpo import BLPO, torch_generator_states
+from sb3_blpo.bilevel import torch_generator_states
+from sb3_blpo.blpo import BLPO
 from sb3_blpo.checks import POSITIVE, check
 
 #: What a checkpoint has more than a saved model

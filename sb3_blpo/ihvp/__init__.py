@@ -1,8 +1,7 @@
 """
 Inverse-Hessian-vector products: solvers of (H + alpha I) v = g for the curvature H of the critic's loss.
 
-A solver is made once from its settings, draws what it needs once per ``train()``, and is then called for every minibatch. It
-never raises: a solve that failed says so in its :class:`Solution`.
+A solver never raises: a solve that failed says so in its :class:`Solution`.
 """
 
 from sb3_blpo.ihvp.base import Solution, Solver

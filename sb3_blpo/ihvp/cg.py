@@ -2,7 +2,7 @@
 
 import torch as th
 
-from sb3_blpo.curvature import Curvature
+from sb3_blpo.curvature import GaussNewton
 from sb3_blpo.ihvp.base import Solution, Solver
 from sb3_blpo.ihvp.nystrom import Nystrom
 
@@ -24,42 +24,32 @@ class ConjugateGradient(Solver):
         self.tol = tol
         self.preconditioner = preconditioner
 
-    def draw(self, like: th.Tensor, generator: th.Generator) -> None:
-        if self.preconditioner is not None:
-            self.preconditioner.draw(like, generator)
-
-    def solve(self, curvature: Curvature, alpha: th.Tensor) -> Solution:
-        x = th.zeros_like(curvature.g)
+    def solve(self, system: GaussNewton, generator: th.Generator) -> Solution:
+        v = th.zeros_like(system.g)
         precondition = None
         if self.preconditioner is not None:
-            precondition, ok = self.preconditioner.inverse(curvature, alpha)
+            precondition, ok = self.preconditioner.inverse(system, generator)
             if not ok:
-                return Solution(x, ok)
-        r = curvature.g
-        g_norm = _norm(curvature, r)
+                return Solution(v, ok)
+        r = system.g
+        g_norm = th.linalg.vector_norm(r)
         stop = self.tol * g_norm
         p, r_z_old = th.zeros_like(r), th.ones_like(stop)
-        for iteration in range(self.max_iter):
-            r_norm = _norm(curvature, r)
+        for _ in range(self.max_iter):
+            r_norm = th.linalg.vector_norm(r)
             if not r_norm > stop:  # NaN ends it as well
-                return Solution(x, (r_norm + stop).isfinite(), iteration)
+                return Solution(v, (r_norm + stop).isfinite())
             z = r if precondition is None else precondition(r)
-            r_z = curvature.dot(r, z)
+            r_z = r @ z
             p = z + r_z / r_z_old * p
-            A_p = curvature.H_v(p) + alpha * p
-            p_A_p = curvature.dot(p, A_p)
+            A_p = system.H_v(p) + system.alpha * p
+            p_A_p = p @ A_p
             if not (0 < p_A_p < th.inf and r_z > 0):  # NaN fails as well
-                # Where only rounding is left of the residual, the signs mean nothing and x is as good as it gets
-                good = r_norm <= th.finfo(x.dtype).eps ** 0.5 * g_norm
-                return Solution(x, good & (p_A_p + r_z).isfinite(), iteration)
+                # Where only rounding is left of the residual, the signs mean nothing and v is as good as it gets
+                good = r_norm <= th.finfo(v.dtype).eps ** 0.5 * g_norm
+                return Solution(v, good & (p_A_p + r_z).isfinite())
             step = r_z / p_A_p
-            x = x + step * p
+            v = v + step * p
             r = r - step * A_p
             r_z_old = r_z
-        return Solution(x, x.isfinite().all(), self.max_iter)
-
-
-def _norm(curvature: Curvature, r: th.Tensor) -> th.Tensor:
-    """0 where rounding makes its square negative, NaN where that is not finite."""
-    squared = curvature.dot(r, r)
-    return squared.where(squared.isfinite(), th.nan).clamp_min(0).sqrt()
+        return Solution(v, v.isfinite().all())

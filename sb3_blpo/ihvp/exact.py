@@ -2,20 +2,28 @@
 
 import torch as th
 
-from sb3_blpo.curvature import Curvature
-from sb3_blpo.ihvp.base import Solution, Solver
+from sb3_blpo.curvature import GaussNewton
+from sb3_blpo.ihvp.base import Solution, Solver, solve_dense
+
+#: Largest dense matrix: of so many states for the Gauss-Newton matrix, of so many parameters for the Hessian
+MAX_DENSE = 5000
 
 
 class Exact(Solver):
-    """Factorise H + alpha I in float64: among values for the Gauss-Newton matrix, among parameters for the Hessian."""
+    """
+    Factorise in float64: for the Gauss-Newton matrix among values, by the Woodbury identity
+    v = (g - J^T (n alpha / 2 I + J J^T)^-1 J g) / alpha, for the Hessian among parameters.
+    """
 
-    def draw(self, like: th.Tensor, generator: th.Generator) -> None:
-        """Nothing is random here."""
-
-    def solve(self, curvature: Curvature, alpha: th.Tensor) -> Solution:
-        A = curvature.dense().double()
-        A.diagonal().add_(alpha)
-        x, info = th.linalg.solve_ex(A, curvature.g.double())
-        x = x.to(curvature.g.dtype)
-        # An infinite pivot gives a finite x
-        return Solution(x, (info == 0) & A.isfinite().all() & x.isfinite().all())
+    def solve(self, system: GaussNewton, generator: th.Generator) -> Solution:
+        jacobian, g, alpha = system.jacobian, system.g, system.alpha
+        if not system.semidefinite:
+            A = th.stack([system.H_v(unit) for unit in th.eye(len(g), dtype=g.dtype, device=g.device)]).double()
+            A.diagonal().add_(alpha)
+            solution = solve_dense(A, g)
+            return Solution(solution.v.to(g.dtype), solution.ok)
+        J = jacobian.at(jacobian.loss_states)
+        K = J.gram(J).double()
+        K.diagonal().add_(alpha / system.scale)
+        x, ok = solve_dense(K, J.J_v(g))
+        return Solution((g - J.Jt_w(x.to(g.dtype))) / alpha, ok)

@@ -1,0 +1,298 @@
+"""The recipe: nested critic epochs, one response a rollout, PPO's step of the actor on the advantages that follow from it."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_blpo.checks import check_arguments, check_finite, finite, scheduled
+from sb3_blpo.engines import ActorPass, TorchEngine
+from sb3_blpo.ihvp import make_solver
+from sb3_blpo.jacobian import make_jacobian
+from sb3_blpo.policies import check_optimizers, separate, set_learning_rate
+from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_weights
+from sb3_blpo.rollout import Rollout, Truncation, joined, take
+
+IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "values", "max_iter": 50, "tol": 1e-5}
+#: The critic's learning rate in units of the actor's, the ratio of the paper's settings
+CRITIC_RATE_RATIO = 4
+#: Rollouts that the critic fits by default
+CRITIC_ROLLOUTS = 8
+
+
+def torch_generator_states() -> dict[str, Any]:
+    """
+    :return: The states of torch's global generators, by device type
+    """
+    return {"torch": th.get_rng_state()} | ({"cuda": th.cuda.get_rng_state_all()} if th.cuda.is_initialized() else {})
+
+
+class Epoch(NamedTuple):
+    """
+    What happened in an epoch.
+
+    :param critic_losses: Before each of the critic's steps (n_steps,)
+    :param correction: The actor's advantages
+    :param actor_pass: The actor's pass
+    """
+
+    critic_losses: th.Tensor
+    correction: Correction
+    actor_pass: ActorPass
+
+
+class Bilevel(OnPolicyAlgorithm):
+    """
+    What BLPO does with a rollout, for SB3's collecting or that of another on-policy algorithm. A class that inherits from it
+    sets the arguments that are named here in its constructor, before ``_setup_model()``.
+    """
+
+    critic_learning_rate: float | Schedule | None
+    batch_size: int
+    n_epochs: int
+    n_critic_updates: int
+    critic_rollouts: int | None
+    clip_range: Any  # a float or schedule as the user passes it, a FloatSchedule from `_setup_model` on
+    normalize_advantage: bool
+    ihvp_solver: str
+    ihvp_kwargs: dict[str, Any] | None
+    ihvp_interval: int | None
+    curvature: str
+    max_correction_ratio: float | None
+    target_kl: float | None
+
+    critic_optimizer: th.optim.Optimizer
+    #: States and returns of the latest rollouts before this one, the oldest first
+    _former_rollouts: list[tuple[PyTorchObs, th.Tensor]]
+    _truncations: list[Truncation]
+    #: States of torch's generators before a rollout's first noise (gSDE) was drawn, for `ResumableCheckpoint`
+    _before_noise: dict[str, Any]
+
+    def _setup_model(self) -> None:
+        check_arguments(self)
+        for name in ("learning_rate", "critic_learning_rate", "clip_range"):
+            if isinstance(getattr(self, name), np.number):
+                setattr(self, name, float(getattr(self, name)))  # SB3's schedules refuse numpy's numbers
+        super()._setup_model()
+        self.clip_range = FloatSchedule(self.clip_range)
+        scheduled("clip_range", self.clip_range, 1.0)
+        self.critic_optimizer = separate(self.policy, self.lr_schedule(1))
+        self._former_rollouts, self._truncations, self._before_noise = [], [], {}
+        n = self.n_steps * self.n_envs
+        if self.env is not None and n % self.batch_size:
+            warnings.warn(
+                f"You have specified a mini-batch size of {self.batch_size}, but because the `RolloutBuffer` is of size "
+                f"`n_steps * n_envs = {n}`, after every {n // self.batch_size} untruncated mini-batches, there will be a "
+                f"truncated mini-batch of size {n % self.batch_size}\n"
+                f"We recommend using a `batch_size` that is a factor of `n_steps * n_envs`.\n"
+                f"Info: (n_steps={self.n_steps} and n_envs={self.n_envs})",
+                stacklevel=2,
+            )
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        if self.critic_learning_rate is not None:
+            self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
+            scheduled("critic_learning_rate", self.critic_lr_schedule, 1.0)
+        scheduled("learning_rate", self.lr_schedule, 1.0)
+        self._scheduled_rates = (self.learning_rate, self.critic_learning_rate)
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> bool:
+        """
+        Collect experiences as SB3 does.
+
+        :param env: The training environment
+        :param callback: Callback that will be called at each step (and at the beginning and end of the rollout)
+        :param args: The rollout buffer, the number of steps and what else the collecting takes
+        :param kwargs: Likewise
+        :return: True if a whole rollout was collected, False if the callback terminated it
+        :raises ValueError: If the rollout buffer is for other settings, or an observation is not finite
+        """
+        for name, of_buffer in (("n_steps", "buffer_size"), ("gamma", "gamma"), ("gae_lambda", "gae_lambda")):
+            if getattr(self, name) != getattr(self.rollout_buffer, of_buffer):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but the rollout buffer was made for "
+                    f"{getattr(self.rollout_buffer, of_buffer)}: set `model.rollout_buffer.{of_buffer}` as well, or load the "
+                    f"model with `load(..., {name}={getattr(self, name)})`."
+                )
+        self._before_noise = torch_generator_states() if self.use_sde else {}
+        try:
+            return super().collect_rollouts(env, callback, *args, **kwargs)
+        except ValueError as error:
+            # The distribution refuses the parameters that NaN observations lead to, in words that do not mention them
+            check_finite("observations", self._last_obs)
+            raise error
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        super()._update_info_buffer(infos, dones)
+        if dones is None:
+            return
+        if self.rollout_buffer.pos == 0:
+            self._truncations = []
+        # Called between the environment's step and the buffer's: the condition is that of SB3's own bootstrap
+        for env in np.flatnonzero(dones).tolist():
+            terminal = infos[env].get("terminal_observation")
+            if terminal is not None and infos[env].get("TimeLimit.truncated", False):
+                check_finite("terminal observations", terminal)
+                self._truncations.append(Truncation(self.rollout_buffer.pos, env, copy.deepcopy(terminal)))
+
+    def train(self) -> None:
+        """
+        Update critic and actor from the current rollout: Algorithm 1 of the paper, over the whole rollout at once.
+
+        :raises ValueError: If an argument or an optimizer does not fit, or if NaN or infinity shows up; both networks and
+            optimizers are then as they were before
+        """
+        check_arguments(self)
+        check_optimizers(self.policy, self.critic_optimizer)
+        rollout = self._finished_rollout()
+        latest = [*self._former_rollouts, (rollout.states, rollout.returns)][-self._n_critic_rollouts :]
+        states, returns = joined(latest)
+        n_critic_steps = self.n_critic_updates * -(-len(rollout) // self.batch_size)
+        epochs: list[Epoch] = []
+        response: Response | None = None
+        with self._undone_on_error():
+            engine = self._engine()
+            values_of_rollout = engine.values(rollout.observations)
+            for epoch in range(self.n_epochs):
+                # Follower: nested updates towards the best response to the current actor
+                critic_losses = engine.fit_critic(states, returns, n_critic_steps)
+                # Advantages under the new critic
+                values = engine.values(rollout.observations)
+                advantages = rollout.advantages_after(values - values_of_rollout)
+                if self.normalize_advantage and len(rollout) > 1:
+                    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+                # How the critic's best response to the actor would move its values, and with them the advantages
+                if epoch % (self.ihvp_interval or self.n_epochs) == 0:
+                    response = self._best_response(rollout, engine, values, finite("advantages", advantages))
+                correction = correct(advantages, response, self.max_correction_ratio)
+                # Leader: PPO's steps on the corrected advantages
+                actor_pass = engine.improve_actor(rollout, finite("corrected advantages", correction.weights))
+                epochs.append(Epoch(critic_losses, correction, actor_pass))
+                if actor_pass.stopped:
+                    break
+            self._check_networks()
+        self._n_updates += len(epochs)
+        self._former_rollouts = latest[1:] if len(latest) == self._n_critic_rollouts else latest
+        self._log(epochs, response, engine.clip_range)
+
+    @property
+    def _n_critic_rollouts(self) -> int:
+        """Of how many rollouts the critic's minibatches are drawn: images take too much memory to keep them."""
+        if self.critic_rollouts is not None:
+            return self.critic_rollouts
+        space = self.observation_space
+        parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+        return 1 if any(len(part.shape or ()) >= 3 for part in parts) else CRITIC_ROLLOUTS
+
+    def _finished_rollout(self) -> Rollout:
+        buffer = self.rollout_buffer
+        if not buffer.full or self._last_obs is None or self._last_episode_starts is None:
+            raise ValueError(
+                f"The rollout buffer holds {buffer.pos} of {buffer.buffer_size} steps: `learn` collects a rollout."
+            )
+        return Rollout(buffer, self._last_obs, self._last_episode_starts, self._truncations, self.device)
+
+    def _engine(self) -> TorchEngine:
+        """Set both optimizers' rates, log them, and hand the networks to an engine."""
+        if (self.learning_rate, self.critic_learning_rate) != self._scheduled_rates:  # assigned since
+            self._setup_lr_schedule()
+        progress = self._current_progress_remaining
+        learning_rate = scheduled("learning_rate", self.lr_schedule, progress)
+        critic_learning_rate = CRITIC_RATE_RATIO * learning_rate
+        if self.critic_learning_rate is not None:
+            critic_learning_rate = scheduled("critic_learning_rate", self.critic_lr_schedule, progress)
+        set_learning_rate(self.policy.optimizer, learning_rate)
+        set_learning_rate(self.critic_optimizer, critic_learning_rate)
+        self.logger.record("train/learning_rate", learning_rate)
+        self.logger.record("train/critic_learning_rate", critic_learning_rate)
+        return TorchEngine(
+            self.policy,
+            self.critic_optimizer,
+            batch_size=self.batch_size,
+            clip_range=scheduled("clip_range", FloatSchedule(self.clip_range), progress),
+            ent_coef=self.ent_coef,
+            max_grad_norm=self.max_grad_norm,
+            target_kl=self.target_kl,
+        )
+
+    def _best_response(
+        self, rollout: Rollout, engine: TorchEngine, values: th.Tensor, advantages: th.Tensor
+    ) -> Response | None:
+        settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
+        damping = settings.pop("damping")
+        solver = make_solver(self.ihvp_solver, **settings)
+        parameters = [p for group in self.critic_optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if solver is None or not parameters:  # what is frozen does not respond
+            return None
+        # A function of the training's progress, so that solvers with and without a draw see the same global generators
+        generator = th.Generator().manual_seed(self.num_timesteps)
+        ratio = (engine.log_prob(rollout) - rollout.old_log_prob).exp()
+        weights = surrogate_weights(ratio, advantages, engine.clip_range)
+        observations = rollout.observations
+        jacobian = make_jacobian(
+            self.policy, generator, lambda index: take(observations, index), len(values), len(rollout), parameters,
+            self.batch_size,
+        )  # fmt: skip
+        return best_response(rollout, jacobian, weights, values, solver, damping, self.curvature, generator)
+
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Put networks and optimizers back to what they are now, if the block raises."""
+        before = copy.deepcopy(self.get_parameters())
+        try:
+            yield
+        except BaseException as error:
+            super().set_parameters(before)
+            if not isinstance(error, FloatingPointError):
+                raise
+            raise ValueError(
+                f"The {error} is not finite in update {self._n_updates + 1}, after {self.num_timesteps} timesteps; networks and "
+                "optimizers were put back to what they were before it. Look at the scale of rewards and observations, "
+                "`learning_rate` and `critic_learning_rate`."
+            ) from error
+
+    def _check_networks(self) -> None:
+        """Raise if a parameter or an optimizer's state is not finite."""
+        for name, parameter in self.policy.named_parameters():
+            finite(f"parameter `{name}`", parameter)
+        for name, optimizer in (("actor", self.policy.optimizer), ("critic", self.critic_optimizer)):
+            for state in optimizer.state.values():
+                for key, value in state.items():
+                    if isinstance(value, th.Tensor):
+                        finite(f"{name}'s optimizer state `{key}`", value)
+
+    def _log(self, epochs: list[Epoch], response: Response | None, clip_range: float) -> None:
+        """SB3's PPO keys and BLPO's own."""
+        passes = [epoch.actor_pass.stats for epoch in epochs]
+        stats = {name: float(np.mean([one[name] for one in passes])) for name in passes[0]}
+        stats |= {name: passes[-1][name] for name in ("loss", "approx_kl")}
+        losses = [float(epoch.critic_losses.mean()) for epoch in epochs]
+        stats |= {"value_loss": float(np.mean(losses)), "critic_loss_before": losses[0], "critic_loss_after": losses[-1]}
+        if response is not None:
+            stats["ihvp_residual"] = float(response.residual)
+            stats["correction_skipped"] = float(sum(epoch.correction.skipped for epoch in epochs))
+            for name in epochs[0].correction.stats:
+                stats[name] = float(np.mean([epoch.correction.stats[name] for epoch in epochs]))
+        buffer = self.rollout_buffer
+        stats["explained_variance"] = float(explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        stats["clip_range"] = clip_range
+        if hasattr(self.policy, "log_std"):
+            stats["std"] = self.policy.log_std.exp().mean().item()
+        for name, value in stats.items():
+            self.logger.record(f"train/{name}", value)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout may go beyond the total, and a linear schedule would then end in a negative rate
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)

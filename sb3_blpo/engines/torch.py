@@ -1,0 +1,162 @@
+"""Gradient steps with autograd and the policy's own optimizers: right for every policy, because nothing about it is special."""
+
+from typing import Any, NamedTuple
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch.nn import functional as F
+
+from sb3_blpo.checks import finite
+from sb3_blpo.rollout import Rollout, in_order, minibatches, size, take
+
+
+class ActorPass(NamedTuple):
+    """
+    One pass of the actor over the rollout.
+
+    :param stats: Means over its minibatches by the names that SB3's PPO logs, ``loss`` of the last one
+    :param stopped: Whether ``target_kl`` ended it
+    """
+
+    stats: dict[str, float]
+    stopped: bool
+
+
+class TorchEngine:
+    """
+    :param policy: The policy; its optimizer is the actor's
+    :param critic_optimizer: The critic's
+    :param batch_size: Transitions in a minibatch
+    :param clip_range: PPO's clipping parameter
+    :param ent_coef: Entropy coefficient
+    :param max_grad_norm: The maximum norm of the actor's gradient
+    :param target_kl: Limit of the KL divergence between updates, or ``None``
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        critic_optimizer: th.optim.Optimizer,
+        *,
+        batch_size: int,
+        clip_range: float,
+        ent_coef: float,
+        max_grad_norm: float,
+        target_kl: float | None,
+    ) -> None:
+        self.policy, self.critic_optimizer = policy, critic_optimizer
+        self.batch_size = batch_size
+        self.clip_range, self.ent_coef = clip_range, ent_coef
+        self.max_grad_norm, self.target_kl = max_grad_norm, target_kl
+        self.actor_parameters, self.critic_parameters = (
+            [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            for optimizer in (policy.optimizer, critic_optimizer)
+        )
+        # SB3's evaluate_actions() computes the values as well, which the actor's step does not need
+        self._without_values = all(
+            getattr(getattr(policy, name), "__func__", None) is getattr(ActorCriticPolicy, name)
+            for name in ("evaluate_actions", "get_distribution")
+        )
+
+    def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_steps: int) -> th.Tensor:
+        """
+        The follower: steps on the mean squared error of random minibatches.
+
+        :param observations: (n, ...)
+        :param returns: The critic's targets (n,)
+        :param n_steps: How many steps
+        :return: The loss before each of them (n_steps,)
+        """
+        self.policy.set_training_mode(True)
+        losses = []
+        for index in minibatches(size(observations), self.batch_size, n_steps):
+            values = self.policy.predict_values(take(observations, index)).flatten()
+            loss = F.mse_loss(values, returns[index])
+            if self.critic_parameters:  # not all of the critic is frozen
+                _backward(loss, self.critic_parameters)
+                self.critic_optimizer.step()
+            losses.append(loss.detach())
+        return finite("critic's loss", th.stack(losses))
+
+    @th.no_grad()
+    def values(self, observations: PyTorchObs) -> th.Tensor:
+        """
+        :param observations: (n, ...)
+        :return: Their values in eval mode (n,)
+        """
+        self.policy.set_training_mode(False)
+        parts = in_order(size(observations), self.batch_size)
+        values = [self.policy.predict_values(take(observations, index)).flatten() for index in parts]
+        return finite("critic's value", th.cat(values))
+
+    @th.no_grad()
+    def log_prob(self, rollout: Rollout) -> th.Tensor:
+        """
+        :param rollout: The rollout
+        :return: log pi(a_t|s_t) in eval mode (N,)
+        """
+        self.policy.set_training_mode(False)
+        return th.cat([self._evaluate(rollout, index)[0] for index in in_order(len(rollout), self.batch_size)])
+
+    def improve_actor(self, rollout: Rollout, weights: th.Tensor) -> ActorPass:
+        """
+        The leader: one pass of PPO's steps with these weights for advantages, unless ``target_kl`` ends it.
+
+        :param rollout: The rollout
+        :param weights: W (N,)
+        :return: What happened
+        :raises FloatingPointError: Before a step along a gradient that is not finite
+        """
+        self.policy.set_training_mode(True)
+        rows: list[dict[str, th.Tensor]] = []
+        stopped = False
+        for index in minibatches(len(rollout), self.batch_size):
+            log_prob, entropy = self._evaluate(rollout, index)
+            log_ratio = log_prob - rollout.old_log_prob[index]
+            ratio = log_ratio.exp()
+            W = weights[index]
+            policy_loss = -th.min(ratio * W, ratio.clamp(1 - self.clip_range, 1 + self.clip_range) * W).mean()
+            entropy_loss = -(-log_prob if entropy is None else entropy).mean()
+            loss = policy_loss + self.ent_coef * entropy_loss
+            if self.actor_parameters:  # not all of the actor is frozen
+                _backward(loss, self.actor_parameters)
+            norm = th.nn.utils.clip_grad_norm_(self.actor_parameters, self.max_grad_norm)
+            with th.no_grad():
+                change = ratio - 1
+                row = {
+                    "approx_kl": (change - log_ratio).mean(),
+                    "clip_fraction": (change.abs() > self.clip_range).float().mean(),
+                    "policy_gradient_loss": policy_loss.detach(),
+                    "entropy_loss": entropy_loss.detach(),
+                    "loss": loss.detach(),
+                }
+            rows.append(row)
+            approx_kl = float(row["approx_kl"])
+            finite("actor's gradient", norm)
+            if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
+                stopped = True
+                break
+            self.policy.optimizer.step()
+        table = th.stack([th.stack([*row.values()]).float() for row in rows])
+        stats = dict(zip(rows[0], table.mean(dim=0).tolist(), strict=True)) | {"loss": float(table[-1, -1])}
+        return ActorPass(stats, stopped)
+
+    def _evaluate(self, rollout: Rollout, index: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
+        """Log-probabilities of actions and entropies, by what PPO trains."""
+        observations: Any = take(rollout.observations, index)
+        actions = rollout.actions[index]
+        try:
+            if self._without_values:
+                distribution = self.policy.get_distribution(observations)
+                return distribution.log_prob(actions), distribution.entropy()
+            _, log_prob, entropy = self.policy.evaluate_actions(observations, actions)
+        except ValueError as error:  # torch's distributions refuse parameters that are not finite
+            raise FloatingPointError("actor's output") from error
+        return log_prob, entropy
+
+
+def _backward(loss: th.Tensor, parameters: list[th.Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()

@@ -1,0 +1,192 @@
+"""
+A finished rollout as tensors: what the critic's values make of it, in time order, and random minibatches of it.
+
+SB3's rollout buffer, or the user's, is read once and copied: no forward pass reaches it. Its ``get()`` is not called.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_blpo.checks import check_finite
+from sb3_blpo.gae import DiscountedSum
+
+
+class Truncation(NamedTuple):
+    """
+    A step of the rollout that was cut short, and where it led.
+
+    :param step: Index of the step in the rollout
+    :param env: Index of the environment
+    :param observation: Terminal observation of that environment, an array or a dictionary of arrays
+    """
+
+    step: int
+    env: int
+    observation: Any
+
+
+def each(function: Callable[..., Any], *observations: Any) -> Any:
+    """
+    Apply a function to observations, or to each part of them if they are dictionaries.
+
+    :param function: Takes as many arrays or tensors as there are observations
+    :param observations: One or more
+    :return: What it returns, in a dictionary if they are dictionaries
+    """
+    if isinstance(observations[0], dict):
+        return {key: function(*(obs[key] for obs in observations)) for key in observations[0]}
+    return function(*observations)
+
+
+def take(observations: PyTorchObs, index: th.Tensor) -> PyTorchObs:
+    """
+    :param observations: (n, ...)
+    :param index: Of k of them (k,)
+    :return: A copy of these, which a features extractor may change in place (k, ...)
+    """
+    return each(lambda obs: obs[index], observations)
+
+
+def size(observations: PyTorchObs) -> int:
+    """
+    :param observations: (n, ...)
+    :return: Their number n
+    """
+    return len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
+
+
+def minibatches(n: int, batch_size: int, n_minibatches: int | None = None) -> Iterator[th.Tensor]:
+    """
+    Draw random minibatches, each row once before any comes again.
+
+    :param n: Number of rows
+    :param batch_size: Rows in a minibatch; the last one of a pass may have fewer
+    :param n_minibatches: How many; ``None``: one pass
+    :return: Indices of each minibatch's rows (batch_size,)
+    """
+    if n_minibatches is None:
+        n_minibatches = -(-n // batch_size)
+    passes = (th.randperm(n, device="cpu").split(batch_size) for _ in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(passes), n_minibatches)
+
+
+def in_order(n: int, batch_size: int) -> tuple[th.Tensor, ...]:
+    """
+    :param n: Number of rows
+    :param batch_size: At most so many at a time
+    :return: Their indices, in order
+    """
+    return th.arange(n, device="cpu").split(batch_size)
+
+
+def joined(parts: list[tuple[PyTorchObs, th.Tensor]]) -> tuple[PyTorchObs, th.Tensor]:
+    """
+    :param parts: Observations and a number for each, of several rollouts
+    :return: The same in one
+    """
+    observations, numbers = zip(*parts, strict=True)
+    return each(lambda *obs: th.cat(obs), *observations), th.cat(numbers)
+
+
+class Rollout:
+    """
+    T = n_steps of E = n_envs environments, N = T E transitions in time order, steps first. (N,) tensors are flat, (T, E) ones
+    keep both dimensions.
+
+    :param buffer: SB3's, full
+    :param last_observation: Observations after the last step (E, ...)
+    :param last_done: Whether the last step ended an episode (E,)
+    :param truncations: The steps at which an episode was truncated
+    :param device: Where the tensors go
+    :raises ValueError: If anything in it is not finite
+    """
+
+    def __init__(
+        self, buffer: RolloutBuffer, last_observation: Any, last_done: np.ndarray, truncations: list[Truncation], device: Any
+    ) -> None:
+        self.n_steps, self.n_envs = buffer.buffer_size, buffer.n_envs
+        self.gamma, self.gae_lambda = buffer.gamma, buffer.gae_lambda
+
+        def flat(array: np.ndarray) -> np.ndarray:
+            if buffer.generator_ready:  # `get()` has put environments first
+                array = array.reshape(self.n_envs, self.n_steps, *array.shape[1:]).swapaxes(0, 1)
+            return array.reshape(len(self), *array.shape[2:])
+
+        def tensor(array: np.ndarray) -> th.Tensor:
+            # What MuJoCo gives in float64, networks take in float32
+            return th.tensor(array.astype(np.float32) if array.dtype == np.float64 else array, device=device)
+
+        def join(states: np.ndarray, *others: np.ndarray) -> th.Tensor:
+            # Discrete observations are (n, 1) in the buffer, (n,) elsewhere
+            parts = [flat(states)]
+            parts += [np.asarray(other, states.dtype).reshape(-1, *parts[0].shape[1:]) for other in others]
+            return tensor(np.concatenate(parts))
+
+        for name in ("observations", "log_probs", "advantages", "returns"):
+            check_finite(name, getattr(buffer, name))
+        check_finite("observations", last_observation)
+        #: s_t, then the observations after the last step, then the terminal ones (N + E + n_truncated, ...)
+        self.observations: PyTorchObs = each(
+            join, buffer.observations, last_observation, *(t.observation for t in truncations)
+        )
+        # As SB3's buffer hands them out: float32, int64 if discrete
+        actions = tensor(flat(buffer.actions).astype(np.float32))
+        self.actions = actions.long().flatten() if isinstance(buffer.action_space, spaces.Discrete) else actions
+        self.old_log_prob, self.advantages, self.returns = (
+            tensor(flat(array).flatten()) for array in (buffer.log_probs, buffer.advantages, buffer.returns)
+        )
+        #: 1 where the step ended the episode (T, E)
+        self.done = tensor(np.concatenate([buffer.episode_starts[1:], last_done[None]]).astype(np.float32))
+        #: Flat indices of the truncated steps (n_truncated,)
+        self.truncated = th.tensor([t.step * self.n_envs + t.env for t in truncations], dtype=th.long, device=device)
+        self.U = DiscountedSum(self.done, self.gamma * self.gae_lambda)
+
+    def __len__(self) -> int:
+        return self.n_steps * self.n_envs
+
+    @property
+    def states(self) -> PyTorchObs:
+        """The observations s_t (N, ...)."""
+        return each(lambda obs: obs[: len(self)], self.observations)
+
+    def advantages_after(self, change: th.Tensor) -> th.Tensor:
+        """
+        Advantages of GAE under another critic: the buffer's, and what the change of the values adds to them, for they are
+        affine in the values.
+
+        :param change: Of the value of each of :attr:`observations`
+        :return: Advantages (N,)
+        """
+        states, following = change.split([len(self), self.n_envs + len(self.truncated)])
+        states = states.view(self.n_steps, self.n_envs)
+        last, terminal = following[: self.n_envs], following[self.n_envs :]
+        delta = self.gamma * (1 - self.done) * th.cat([states[1:], last[None]]) - states
+        delta.view(-1)[self.truncated] += self.gamma * terminal
+        return self.advantages + self.U(delta).flatten()
+
+    def return_gradient(self, weights: th.Tensor) -> th.Tensor:
+        """
+        Differentiate sum_t weights_t Q_t, Q_t = V(s_t) + A_t the lambda-returns: its gradient is sum_j c_j grad V(s_j). The
+        baseline V(s_t) that turns a lambda-return into an advantage takes no part.
+
+        :param weights: (N,)
+        :return: c, one for each of :attr:`observations`
+        """
+        z = self.U.adjoint(weights.view(self.n_steps, self.n_envs))
+        by_next = self.gamma * (1 - self.done) * z
+        states = th.cat([th.zeros_like(z[:1]), (1 - self.gae_lambda) * by_next[:-1]])
+        return th.cat([states.flatten(), by_next[-1], self.gamma * z.view(-1)[self.truncated]])
+
+    def trace(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: (N,)
+        :return: U^T x: e_k = x_k + gamma lambda e_{k-1} inside each episode (N,)
+        """
+        return self.U.adjoint(x.view(self.n_steps, self.n_envs)).flatten()
