@@ -201,7 +201,7 @@ class Bilevel(OnPolicyAlgorithm):
             raise ValueError(
                 f"The rollout buffer holds {buffer.pos} of {buffer.buffer_size} steps: `learn` collects a rollout."
             )
-        return Rollout(buffer, self._last_obs, self._last_episode_starts, self._truncations, self.device)
+        return Rollout.of(buffer, self._last_obs, self._last_episode_starts, self._truncations, self.device)
 
     def _engine(self) -> TorchEngine:
         """Set both optimizers' rates, log them, and hand the networks to an engine."""
@@ -249,7 +249,7 @@ class Bilevel(OnPolicyAlgorithm):
     @contextlib.contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Put networks and optimizers back to what they are now, if the block raises."""
-        before = copy.deepcopy(self.get_parameters())
+        before: Any = copy.deepcopy(self.get_parameters())
         try:
             yield
         except BaseException as error:
@@ -257,8 +257,8 @@ class Bilevel(OnPolicyAlgorithm):
             if not isinstance(error, FloatingPointError):
                 raise
             raise ValueError(
-                f"The {error} is not finite in update {self._n_updates + 1}, after {self.num_timesteps} timesteps; networks and "
-                "optimizers were put back to what they were before it. Look at the scale of rewards and observations, "
+                f"The {error} is not finite in update {self._n_updates + 1}, after {self.num_timesteps} timesteps; networks "
+                "and optimizers were put back to what they were before it. Look at the scale of rewards and observations, "
                 "`learning_rate` and `critic_learning_rate`."
             ) from error
 

@@ -71,9 +71,9 @@ class BLPO(Bilevel):
     :param critic_learning_rate: The critic's learning rate, >= 0, it can be a function of the current progress remaining;
         ``None``: four times the actor's, as in the paper's settings, so that the critic follows
     :param n_critic_updates: Number of the critic's passes before each pass of the actor (nesting), at least 1
-    :param critic_rollouts: The critic's minibatches are drawn from so many of the latest rollouts, at least 1, in as many steps
-        as for one. Their states and returns stay in memory, in float32, images as they are: ``critic_rollouts`` * ``n_steps``
-        * ``n_envs`` of them. ``None``: 8, for image observations 1
+    :param critic_rollouts: The critic's minibatches are drawn from so many of the latest rollouts, at least 1, in as many
+        steps as for one. Their states and returns stay in memory, in float32, images as they are: ``critic_rollouts`` *
+        ``n_steps`` * ``n_envs`` of them. ``None``: 8, for image observations 1
     :param ihvp_solver: How the critic's linear system is solved: "nystrom" (low-rank approximation), "cg" (conjugate
         gradients), "nystrom_cg" (preconditioned by Nyström), "exact" (dense) or "none" (no correction: nested actor-critic)
     :param ihvp_kwargs: Settings of the solver: ``damping`` (> 0, in units of the trace of the Gauss-Newton matrix, 0.01),

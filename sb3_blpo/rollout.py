@@ -6,6 +6,8 @@ SB3's rollout buffer, or the user's, is read once and copied: no forward pass re
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,29 +97,53 @@ def joined(parts: list[tuple[PyTorchObs, th.Tensor]]) -> tuple[PyTorchObs, th.Te
     return each(lambda *obs: th.cat(obs), *observations), th.cat(numbers)
 
 
+@dataclass
 class Rollout:
     """
-    T = n_steps of E = n_envs environments, N = T E transitions in time order, steps first. (N,) tensors are flat, (T, E) ones
-    keep both dimensions.
+    T = n_steps of E = n_envs environments, N = T E transitions in time order. Flat tensors join steps and environments, steps
+    first.
 
-    :param buffer: SB3's, full
-    :param last_observation: Observations after the last step (E, ...)
-    :param last_done: Whether the last step ended an episode (E,)
-    :param truncations: The steps at which an episode was truncated
-    :param device: Where the tensors go
-    :raises ValueError: If anything in it is not finite
+    :param observations: s_t, then the observations after the last step, then the terminal ones of truncated episodes
+        (N + E + n_truncated, ...)
+    :param actions: (N, ...) or, if discrete, (N,)
+    :param old_log_prob: log pi_old(a_t|s_t) (N,)
+    :param advantages: Of GAE under the rollout's critic (N,)
+    :param returns: The critic's targets (N,)
+    :param done: 1 where the step ended the episode (T, E)
+    :param truncated: Flat indices of the truncated steps (n_truncated,)
+    :param gamma: Discount factor
+    :param gae_lambda: lambda of GAE
     """
 
-    def __init__(
-        self, buffer: RolloutBuffer, last_observation: Any, last_done: np.ndarray, truncations: list[Truncation], device: Any
-    ) -> None:
-        self.n_steps, self.n_envs = buffer.buffer_size, buffer.n_envs
-        self.gamma, self.gae_lambda = buffer.gamma, buffer.gae_lambda
+    observations: PyTorchObs
+    actions: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    done: th.Tensor
+    truncated: th.Tensor
+    gamma: float
+    gae_lambda: float
+
+    @classmethod
+    def of(
+        cls, buffer: RolloutBuffer, last_observation: Any, last_done: np.ndarray, truncations: list[Truncation], device: Any
+    ) -> "Rollout":
+        """
+        :param buffer: SB3's rollout buffer, full
+        :param last_observation: Observations after the last step (E, ...)
+        :param last_done: Whether the last step ended an episode (E,)
+        :param truncations: The steps at which an episode was truncated
+        :param device: Where the tensors go
+        :return: A copy of what is in them
+        :raises ValueError: If anything is not finite
+        """
+        n_steps, n_envs = buffer.buffer_size, buffer.n_envs
 
         def flat(array: np.ndarray) -> np.ndarray:
             if buffer.generator_ready:  # `get()` has put environments first
-                array = array.reshape(self.n_envs, self.n_steps, *array.shape[1:]).swapaxes(0, 1)
-            return array.reshape(len(self), *array.shape[2:])
+                array = array.reshape(n_envs, n_steps, *array.shape[1:]).swapaxes(0, 1)
+            return array.reshape(n_steps * n_envs, *array.shape[2:])
 
         def tensor(array: np.ndarray) -> th.Tensor:
             # What MuJoCo gives in float64, networks take in float32
@@ -132,24 +158,30 @@ class Rollout:
         for name in ("observations", "log_probs", "advantages", "returns"):
             check_finite(name, getattr(buffer, name))
         check_finite("observations", last_observation)
-        #: s_t, then the observations after the last step, then the terminal ones (N + E + n_truncated, ...)
-        self.observations: PyTorchObs = each(
-            join, buffer.observations, last_observation, *(t.observation for t in truncations)
-        )
         # As SB3's buffer hands them out: float32, int64 if discrete
         actions = tensor(flat(buffer.actions).astype(np.float32))
-        self.actions = actions.long().flatten() if isinstance(buffer.action_space, spaces.Discrete) else actions
-        self.old_log_prob, self.advantages, self.returns = (
+        log_probs, advantages, returns = (
             tensor(flat(array).flatten()) for array in (buffer.log_probs, buffer.advantages, buffer.returns)
         )
-        #: 1 where the step ended the episode (T, E)
-        self.done = tensor(np.concatenate([buffer.episode_starts[1:], last_done[None]]).astype(np.float32))
-        #: Flat indices of the truncated steps (n_truncated,)
-        self.truncated = th.tensor([t.step * self.n_envs + t.env for t in truncations], dtype=th.long, device=device)
-        self.U = DiscountedSum(self.done, self.gamma * self.gae_lambda)
+        return cls(
+            observations=each(join, buffer.observations, last_observation, *(t.observation for t in truncations)),
+            actions=actions.long().flatten() if isinstance(buffer.action_space, spaces.Discrete) else actions,
+            old_log_prob=log_probs,
+            advantages=advantages,
+            returns=returns,
+            done=tensor(np.concatenate([buffer.episode_starts[1:], last_done[None]]).astype(np.float32)),
+            truncated=th.tensor([t.step * n_envs + t.env for t in truncations], dtype=th.long, device=device),
+            gamma=buffer.gamma,
+            gae_lambda=buffer.gae_lambda,
+        )
+
+    @cached_property
+    def U(self) -> DiscountedSum:
+        """The discounted sum inside an episode."""
+        return DiscountedSum(self.done, self.gamma * self.gae_lambda)
 
     def __len__(self) -> int:
-        return self.n_steps * self.n_envs
+        return self.done.numel()
 
     @property
     def states(self) -> PyTorchObs:
@@ -164,9 +196,9 @@ class Rollout:
         :param change: Of the value of each of :attr:`observations`
         :return: Advantages (N,)
         """
-        states, following = change.split([len(self), self.n_envs + len(self.truncated)])
-        states = states.view(self.n_steps, self.n_envs)
-        last, terminal = following[: self.n_envs], following[self.n_envs :]
+        n, n_envs = self.done.numel(), self.done.shape[1]
+        states, last, terminal = change.split([n, n_envs, len(self.truncated)])
+        states = states.view(self.done.shape)
         delta = self.gamma * (1 - self.done) * th.cat([states[1:], last[None]]) - states
         delta.view(-1)[self.truncated] += self.gamma * terminal
         return self.advantages + self.U(delta).flatten()
@@ -179,7 +211,7 @@ class Rollout:
         :param weights: (N,)
         :return: c, one for each of :attr:`observations`
         """
-        z = self.U.adjoint(weights.view(self.n_steps, self.n_envs))
+        z = self.U.adjoint(weights.view(self.done.shape))
         by_next = self.gamma * (1 - self.done) * z
         states = th.cat([th.zeros_like(z[:1]), (1 - self.gae_lambda) * by_next[:-1]])
         return th.cat([states.flatten(), by_next[-1], self.gamma * z.view(-1)[self.truncated]])
@@ -189,4 +221,4 @@ class Rollout:
         :param x: (N,)
         :return: U^T x: e_k = x_k + gamma lambda e_{k-1} inside each episode (N,)
         """
-        return self.U.adjoint(x.view(self.n_steps, self.n_envs)).flatten()
+        return self.U.adjoint(x.view(self.done.shape)).flatten()

@@ -1,4 +1,4 @@
-"""Gradient steps with autograd and the policy's own optimizers: right for every policy, because nothing about it is special."""
+"""Gradient steps with autograd and the policy's own optimizers: right for every policy, for nothing about it is special."""
 
 from typing import Any, NamedTuple
 
