@@ -26,7 +26,7 @@ slow: $(INSTALLED)
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance/sb3_tests.py -n 2
 
-# RL Zoo's commands, all of them, with the packages that only plots and tracking need
+# RL Zoo's commands (but push_to_hub, broken upstream), with the packages that only plots and tracking need
 zoo: $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[envs,dev,plots]' wandb
 	$(BIN)/python -m pytest tests/test_zoo.py tests/test_zoo_commands.py

@@ -1,4 +1,4 @@
-"""BLPO in RL Zoo: the registration, the hyperparameter file, what is mended in the Zoo's scripts, and the start-up hook."""
+"""BLPO in RL Zoo: the registration, the hyperparameter file, tuning, and the start-up hook."""
 
 import argparse
 import inspect
@@ -11,12 +11,12 @@ import gymnasium as gym
 import optuna
 import pytest
 import yaml
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_blpo import BLPO, zoo
 
-ROOT = Path(__file__).parents[1]
-STARTUP = ROOT / "sb3_blpo" / "startup"
-HYPERPARAMS = yaml.safe_load((ROOT / "hyperparams" / "blpo.yml").read_text())
+STARTUP = Path(zoo.__file__).parent / "startup"
+HYPERPARAMS = yaml.safe_load(zoo.default_hyperparams().read_text())
 ARGUMENTS = set(inspect.signature(BLPO).parameters)
 # What RL Zoo takes for itself, the rest goes to BLPO
 CONSUMED = {"env_wrapper", "frame_stack", "n_envs", "n_timesteps", "normalize"}
@@ -30,25 +30,27 @@ def exp_manager():
     return exp_manager
 
 
-def experiment(exp_manager, env_id: str, folder: Path, **kwargs):
-    return exp_manager.ExperimentManager(
-        argparse.Namespace(), "blpo", env_id, str(folder), eval_freq=-1, verbose=0, device="cpu", seed=0, **kwargs
-    )
+@pytest.fixture
+def experiment(exp_manager, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where MuJoCo writes its warnings
+
+    def make(env_id: str = "CartPole-v1", algo: str = "blpo", **kwargs):
+        kwargs |= {"eval_freq": -1, "verbose": 0, "device": "cpu"}
+        return exp_manager.ExperimentManager(argparse.Namespace(), algo, env_id, str(tmp_path), **kwargs)
+
+    return make
 
 
 # The registration
 
 
 def test_register_twice(exp_manager):
-    from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
-    from rl_zoo3.utils import ALGOS
+    from rl_zoo3 import hyperparams_opt, utils
 
-    before = vars(exp_manager.ExperimentManager).copy()
+    before = [vars(exp_manager.ExperimentManager).copy(), vars(utils).copy(), vars(hyperparams_opt).copy()]
     zoo.register()
-    assert vars(exp_manager.ExperimentManager) == before
-    assert ALGOS["blpo"] is exp_manager.ALGOS["blpo"] is BLPO
-    assert HYPERPARAMS_SAMPLER["blpo"] is zoo.sample_blpo_params
-    assert HYPERPARAMS_CONVERTER["blpo"] is zoo.convert_blpo_params
+    assert [vars(exp_manager.ExperimentManager), vars(utils), vars(hyperparams_opt)] == before
+    assert utils.ALGOS["blpo"] is exp_manager.ALGOS["blpo"] is BLPO
 
 
 def test_modules_look_untouched(exp_manager):
@@ -56,31 +58,42 @@ def test_modules_look_untouched(exp_manager):
     assert pickle.loads(pickle.dumps(manager)) is manager
     assert inspect.getsource(exp_manager) == Path(exp_manager.__file__).read_text()
     assert "config" in inspect.signature(manager).parameters
-    assert vars(exp_manager.__loader__) == {"name": exp_manager.__name__, "path": exp_manager.__file__}
 
 
-def test_default_hyperparams(exp_manager, tmp_path, monkeypatch):
-    assert experiment(exp_manager, "Pendulum-v1", tmp_path).config == str(zoo.default_hyperparams())
-    assert experiment(exp_manager, "Pendulum-v1", tmp_path, config="mine.yml").config == "mine.yml"
+def test_default_hyperparams(exp_manager, experiment, tmp_path, monkeypatch):
+    assert experiment().config == str(zoo.default_hyperparams())
+    assert experiment(config="mine.yml").config == "mine.yml"
     # A Zoo that has a file of its own
     own = tmp_path / "hyperparams" / "blpo.yml"
     own.parent.mkdir()
     own.touch()
     monkeypatch.setattr(exp_manager, "__file__", str(tmp_path / "exp_manager.py"))
-    assert experiment(exp_manager, "Pendulum-v1", tmp_path).config == str(own)
+    assert experiment().config == str(own)
 
 
-@pytest.mark.parametrize("value", [1e-3, 0])
-def test_numbers_are_no_schedules(exp_manager, value):
-    assert exp_manager.ExperimentManager._preprocess_schedules({"critic_learning_rate": value}) == {
-        "critic_learning_rate": value
-    }
+@pytest.mark.parametrize("rate", ["lin_1e-3", 1e-3, None])
+def test_critic_learning_rate(experiment, rate):
+    model, _ = experiment(hyperparams={"critic_learning_rate": rate}).setup_experiment()
+    if rate == "lin_1e-3":
+        assert isinstance(model.critic_learning_rate, LinearSchedule)
+        assert [model.critic_learning_rate(progress) for progress in (1, 0.5, 0)] == [1e-3, 0.5e-3, 0]
+    else:
+        assert model.critic_learning_rate == rate
 
 
-@pytest.mark.parametrize("value", ["1e-3", "lin_x", "lin", "exp_1e-3"])
-def test_bad_schedule(exp_manager, value):
-    with pytest.raises(ValueError, match=f"critic_learning_rate must be a number or 'lin_<number>', not the string '{value}'"):
-        exp_manager.ExperimentManager._preprocess_schedules({"critic_learning_rate": value})
+@pytest.mark.parametrize("rate", ["1e-3", "lin_x", "lin", "exp_1e-3"])
+def test_bad_schedule(experiment, rate):
+    with pytest.raises(ValueError, match=f"critic_learning_rate must be a number or 'lin_<number>', not the string '{rate}'"):
+        experiment(hyperparams={"critic_learning_rate": rate}).setup_experiment()
+
+
+def test_schedules_of_other_algorithms_are_theirs(experiment):
+    manager = experiment(algo="ppo", hyperparams={"critic_learning_rate": "lin_x"})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'critic_learning_rate'"):
+        manager.setup_experiment()
+
+
+# Tuning
 
 
 def test_sampler_and_converter():
@@ -89,9 +102,11 @@ def test_sampler_and_converter():
         trial = study.ask()
         params = zoo.sample_blpo_params(trial, n_actions=1, n_envs=1, additional_args={})
         assert params == zoo.convert_blpo_params(trial.params)
+        assert trial.user_attrs.items() <= params.items()
         assert set(params) <= ARGUMENTS
         assert 64 <= params["batch_size"] <= 1024
         assert 1 <= params["n_critic_updates"] <= 10
+        assert params["critic_rollouts"] in (1, 4, 8)
         assert 1 <= params["critic_learning_rate"] / params["learning_rate"] <= 10 + 1e-9
         assert 0 < params["gamma"] < 1 and 0 < params["gae_lambda"] < 1
     BLPO("MlpPolicy", "Pendulum-v1", **params)
@@ -108,98 +123,91 @@ def test_hyperparams_are_arguments():
 
 
 @pytest.mark.parametrize("env_id", [env_id for env_id in HYPERPARAMS if env_id not in ("default", "atari")])
-def test_hyperparams_make_a_model(env_id, exp_manager, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where MuJoCo writes its warnings
+def test_hyperparams_make_a_model(env_id, experiment):
     try:
         gym.make(env_id).close()
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         pytest.skip(str(error))
-    manager = experiment(exp_manager, env_id, tmp_path)
-    model, _ = manager.setup_experiment()
+    model, _ = experiment(env_id).setup_experiment()
     entry = HYPERPARAMS[env_id]
     assert (model.n_envs, model.n_steps) == (entry["n_envs"], entry["n_steps"])
-    # Segments of equal length
-    assert model.n_steps % min(model.batch_size, model.n_steps) == 0
-    # The follower is the faster one; on Ant by its number of steps alone
-    critic_rate, rate = model.critic_lr_schedule(1), model.lr_schedule(1)
-    assert critic_rate == rate and model.n_critic_updates > 1 if env_id.startswith("Ant-") else critic_rate > rate
+    # Minibatches of equal size
+    assert model.n_envs * model.n_steps % model.batch_size == 0
     model.env.close()
 
 
-# What other packages broke in the Zoo's scripts
+# The start-up hook, as it is in this tree, whatever is installed: -S leaves the start-up files of site-packages unread
 
-
-def test_push_to_hub_is_mended(tmp_path):
-    zoo.mend("rl_zoo3.push_to_hub")
-    from rl_zoo3 import push_to_hub
-
-    card, metadata = push_to_hub.generate_model_card("blpo", "BLPO", "org", "CartPole-v1", 1.0, 2.0, {}, {})
-    push_to_hub.save_model_card(tmp_path, card, metadata)
-    assert "value: 1.00 +/- 2.00" in (tmp_path / "README.md").read_text()
-
-
-def test_load_from_hub_is_mended(monkeypatch):
-    import huggingface_sb3
-    from huggingface_hub.errors import HfHubHTTPError
-    from requests.exceptions import HTTPError
-
-    class Missing(HfHubHTTPError):
-        def __init__(self):
-            pass  # a response of the hub's HTTP package would be needed
-
-    def load_from_hub(repo_id: str, filename: str) -> str:
-        raise Missing
-
-    monkeypatch.setattr(huggingface_sb3, "load_from_hub", load_from_hub)
-    zoo.mend("rl_zoo3.load_from_hub")
-    with pytest.raises(HTTPError) as caught:
-        huggingface_sb3.load_from_hub("sb3/blpo-CartPole-v1", "vec_normalize.pkl")
-    assert isinstance(caught.value, Missing)
-
-
-def test_calls_are_mended(tmp_path, monkeypatch):
-    calls: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", lambda command, **_: calls.append(command))
-    monkeypatch.chdir(tmp_path)
-    ours = [sys.executable, "-m", "sb3_blpo.zoo"]
-    zoo.mend("rl_zoo3.benchmark")
-    zoo.mend("rl_zoo3.record_training")
-    for before, after in (
-        (["python", "enjoy.py", "--algo", "blpo"], [*ours, "enjoy", "--algo", "blpo"]),
-        (["python", "-m", "rl_zoo3.record_video", "-n", "1"], [*ours, "record_video", "-n", "1"]),
-        (["python", "other.py"], ["python", "other.py"]),
-        (["python", "-m", "other"], ["python", "-m", "other"]),
-    ):
-        subprocess.call(before)
-        assert calls.pop() == after
-    # A script of this name that is somebody's own
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "enjoy.py").touch()
-    subprocess.call(["python", "enjoy.py"], cwd=tmp_path / "own")
-    assert calls.pop() == ["python", "enjoy.py"]
-
-
-# The start-up hook
-
-
-def test_start_up_imports_nothing():
-    """Every interpreter of the environment runs the hook, so it must cost next to nothing, with and without RL Zoo."""
-    code = f"""
+INSTALL = f"""
 import os, sys
-sys.path.insert(0, {str(STARTUP)!r})
+sys.path[:0] = {[str(STARTUP), *filter(None, sys.path)]!r}
 before = set(sys.modules)
 import _sb3_blpo_startup
 _sb3_blpo_startup.install()
 _sb3_blpo_startup.install()
 assert set(sys.modules) - before == {{"_sb3_blpo_startup"}}, set(sys.modules) - before
 assert sys.meta_path.count(_sb3_blpo_startup.FINDER) == 1
+"""
+
+
+def run(code: str, cwd: Path) -> str:
+    process = subprocess.run([sys.executable, "-S", "-c", INSTALL + code], capture_output=True, text=True, cwd=cwd)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_hook(tmp_path):
+    code = """
+import runpy
+for command in ("train -n 256 --eval-freq -1 -params n_envs:2 n_steps:64 batch_size:64", "enjoy -n 600 --no-render"):
+    script, *arguments = command.split()
+    sys.argv[1:] = ["--algo", "blpo", "--env", "CartPole-v1", *arguments]
+    runpy.run_module(f"rl_zoo3.{script}", run_name="__main__", alter_sys=True)
+"""
+    output = run(code, tmp_path)
+    assert "Loading logs/blpo/CartPole-v1_1/CartPole-v1.zip" in output  # where it was trained, without being told
+    assert "Mean reward: " in output
+
+
+def test_looking_up_changes_nothing(tmp_path):
+    """Of the Zoo's modules, each twice, before the Zoo's first import (Python itself imports the package, here a stand-in)."""
+    code = """
+import importlib.util, subprocess, types
+folder, = importlib.util.find_spec("rl_zoo3").submodule_search_locations
+names = [f"rl_zoo3.{file[:-3]}" for file in os.listdir(folder) if file.endswith(".py")]
+sys.modules["rl_zoo3"] = types.ModuleType("rl_zoo3")
+sys.modules["rl_zoo3"].__path__ = [folder]
+
+def everything():
+    contents = {name: {key: id(value) for key, value in vars(module).items()} for name, module in sys.modules.items()}
+    return contents, sys.meta_path.copy(), sys.path.copy()
+
+before = everything()
+specs = [importlib.util.find_spec(name) for name in 2 * names]
+after = everything()
+del before[0]["__main__"], after[0]["__main__"]
+assert after == before
+assert "torch" not in sys.modules and "sb3_blpo" not in sys.modules
+
+del sys.modules["rl_zoo3"]
+from rl_zoo3 import exp_manager, hyperparams_opt
+assert "blpo" in hyperparams_opt.HYPERPARAMS_SAMPLER and "blpo" in hyperparams_opt.HYPERPARAMS_CONVERTER
+assert vars(exp_manager.__loader__) == {"name": exp_manager.__name__, "path": exp_manager.__file__}
+print(len(names), exp_manager.ALGOS["blpo"].__name__)
+"""
+    n_modules, algorithm = run(code, tmp_path).splitlines()[-1].split()
+    assert int(n_modules) >= 15 and algorithm == "BLPO"
+
+
+def test_without_the_zoo(tmp_path):
+    code = """
+sys.path[:] = [path for path in sys.path if "site-packages" not in path]
 try:
     import rl_zoo3
 except ModuleNotFoundError:
     print("no Zoo, no BLPO:", "sb3_blpo" not in sys.modules)
 """
-    output = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
-    assert output.stdout == "no Zoo, no BLPO: True\n", output.stderr
+    assert run(code, tmp_path) == "no Zoo, no BLPO: True\n"
 
 
 def test_start_up_files_agree():

@@ -1,12 +1,14 @@
 """
-Makes `python -m rl_zoo3.train --algo blpo` work: registers BLPO when a module of RL Zoo is imported, and does nothing before.
+Makes `python -m rl_zoo3.train --algo blpo` work: registers BLPO with three modules of RL Zoo, each after it was executed.
 
 RL Zoo offers no plug-in mechanism, so Python calls :func:`install` at start-up (sb3_blpo.pth; sb3_blpo.start from Python 3.15
-on, PEP 829). Every interpreter of the environment pays for this module: it imports only what is already loaded by then.
+on, PEP 829). Every interpreter of the environment pays for this module: it imports only what is already loaded by then, and
+to look a module up (`importlib.util.find_spec`) imports and changes nothing.
 """
 
 import os
 import sys
+from _frozen_importlib_external import SourceFileLoader, SourcelessFileLoader
 
 TYPE_CHECKING = False  # importing typing at start-up would take longer than all the rest
 if TYPE_CHECKING:
@@ -15,10 +17,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# Modules to which sb3_blpo.zoo adds something after they have been executed ...
 REGISTERED = {"rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager"}
-# ... and scripts for which it mends something before: `python -m` executes them without their loader
-MENDED = {"rl_zoo3.benchmark", "rl_zoo3.load_from_hub", "rl_zoo3.push_to_hub", "rl_zoo3.record_training"}
 
 
 class ZooFinder:
@@ -30,9 +29,7 @@ class ZooFinder:
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        if name in MENDED and not _disabled():
-            _call("mend", name)
-        if name not in REGISTERED or name in self._searching or _disabled():
+        if name not in REGISTERED or name in self._searching or os.environ.get("SB3_BLPO_NO_ZOO", "0") not in ("", "0"):
             return None
         self._searching.add(name)
         try:
@@ -46,42 +43,32 @@ class ZooFinder:
 
 
 def _register_after_execution(loader: "Loader | None") -> None:
-    from importlib.machinery import SourceFileLoader, SourcelessFileLoader
-
     # Only loaders that serve one file; runpy, inspect and pickle look at them, so the object stays and is as before after use
     if not isinstance(loader, (SourceFileLoader, SourcelessFileLoader)):
         return
-    execute = loader.exec_module
 
     def exec_module(module: "ModuleType") -> None:
-        del loader.exec_module
-        execute(module)
-        _call("register", module.__name__)
+        vars(loader).pop("exec_module", None)
+        loader.exec_module(module)
+        _register(module)
 
-    loader.exec_module = exec_module  # type: ignore[method-assign]
+    vars(loader)["exec_module"] = exec_module
 
 
-def _call(function: str, module: str) -> None:
+def _register(module: "ModuleType") -> None:
     try:
-        from sb3_blpo import zoo
+        from sb3_blpo.zoo import register
 
-        getattr(zoo, function)(module)
+        register(module)
     except Exception as error:  # whatever it is, the Zoo's own algorithms must go on working
         if FINDER not in sys.meta_path:
             return  # said already
         import warnings
 
         sys.meta_path.remove(FINDER)
-        warnings.warn(
-            f"RL Zoo will not know BLPO, its registration failed ({type(error).__name__}: {error}). "
-            "Reinstall sb3_blpo, or set SB3_BLPO_NO_ZOO=1 to do without.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def _disabled() -> bool:
-    return os.environ.get("SB3_BLPO_NO_ZOO", "0") not in ("", "0")
+        reason = f"its registration failed ({type(error).__name__}: {error})"
+        advice = "Reinstall sb3_blpo, or set SB3_BLPO_NO_ZOO=1 to do without."
+        warnings.warn(f"RL Zoo will not know BLPO, {reason}. {advice}", RuntimeWarning, stacklevel=2)
 
 
 FINDER = ZooFinder()
