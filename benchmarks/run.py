@@ -26,7 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 import numpy as np
 import torch as th
 from grid import ALGORITHMS, OUTPUTS, STAGES, Cell, cells_of
@@ -38,7 +37,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from tqdm import tqdm
 
+from sb3_blpo import zoo
 from sb3_blpo.bilevel import IHVP_DEFAULTS
+
+zoo.register()
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "logs" / "benchmarks"
