@@ -4,36 +4,20 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import pytest
 import torch as th
 from envs import SpaceEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import NatureCNN
 
-import sb3_blpo.blpo
 from sb3_blpo import BLPO
-from sb3_blpo.optimizers import parameters_of
-from sb3_blpo.segments import Segment
 
 SMALL: dict[str, Any] = dict(n_steps=16, batch_size=8, n_epochs=1, seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
 
 
 def small(policy: Any = "MlpPolicy", env: Any = None, **arguments: Any) -> BLPO:
-    """A model with two minibatches of 8 transitions per environment and rollout."""
+    """A model with minibatches of 8 transitions, two per environment and rollout."""
     return BLPO(policy, SpaceEnv() if env is None else env, **(SMALL | {"ihvp_kwargs": {"rank": 6}} | arguments))
-
-
-class OwnRollouts(BLPO):
-    """Collects rollouts in its own way, which is SB3's."""
-
-    collect_rollouts = OnPolicyAlgorithm.collect_rollouts
-
-
-class OwnCNN(NatureCNN):
-    """A features extractor of the user's, for all that BLPO knows."""
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -62,6 +46,11 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         return th.equal(x, y) if isinstance(x, th.Tensor) and isinstance(y, th.Tensor) else type(x) is type(y) and x == y
 
     return [name for name in sorted({*a, *b}) if name not in a or name not in b or not same(a[name], b[name])]
+
+
+def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
+    """All that an optimizer trains."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def actor_of(model: BLPO) -> list[th.Tensor]:
@@ -100,29 +89,6 @@ def logged(model: BLPO) -> dict[str, float]:
     assert isinstance(model.logger, Logger)
     values = model.logger.name_to_value
     return {name.removeprefix("train/"): value for name, value in values.items() if name.startswith("train/")}
-
-
-class Seen:
-    """
-    What each minibatch of training looked like to the leader.
-
-    :param monkeypatch: pytest's
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.segments: list[Segment] = []
-        self.values: list[th.Tensor] = []
-        self.gradients: list[th.Tensor] = []
-        original = sb3_blpo.blpo.hypergradient
-
-        def spy(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.segments.append(args[3])
-            self.values.append(args[4])
-            self.gradients.append(result.gradient)
-            return result
-
-        monkeypatch.setattr(sb3_blpo.blpo, "hypergradient", spy)
 
 
 def collect_rollout(model: BLPO) -> BLPO:
