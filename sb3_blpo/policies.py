@@ -37,8 +37,6 @@ def separate(policy: ActorCriticPolicy, learning_rate: float) -> th.optim.Optimi
             twins = [copies[id(p)] for p in group["params"] if id(p) in copies]
             group["params"] = [p for p in group["params"] + twins if id(p) in own]
             group["lr_scale"] = group["lr"] / learning_rate if learning_rate > 0 else 1.0
-            if {"fused", "foreach"} <= group.keys() and group["fused"] is None and group["foreach"] is None:
-                group["fused"] = True  # one kernel for all parameters: for small networks several times faster
     return critic_optimizer
 
 
