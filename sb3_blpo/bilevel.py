@@ -12,10 +12,10 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_blpo.checks import check_arguments, check_finite, finite, scheduled
+from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_finite, finite, scheduled
 from sb3_blpo.engines import ActorPass, TorchEngine
 from sb3_blpo.ihvp import make_solver
 from sb3_blpo.jacobian import make_jacobian
@@ -80,16 +80,16 @@ class Bilevel(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_arguments(self)
-        for name in ("learning_rate", "critic_learning_rate", "clip_range"):
-            if isinstance(getattr(self, name), np.number):
-                setattr(self, name, float(getattr(self, name)))  # SB3's schedules refuse numpy's numbers
         super()._setup_model()
-        self.clip_range = FloatSchedule(self.clip_range)
-        scheduled("clip_range", self.clip_range, 1.0)
+        self.clip_range = as_schedule("clip_range", self.clip_range)
         self.critic_optimizer = separate(self.policy, self.lr_schedule(1))
         self._former_rollouts, self._truncations, self._before_noise = [], [], {}
+        if self.env is None:
+            return
         n = self.n_steps * self.n_envs
-        if self.env is not None and n % self.batch_size:
+        if n == 1 and self.normalize_advantage:
+            raise WrongArgument("`normalize_advantage`=True takes more than one transition, got `n_steps` * `n_envs` = 1.")
+        if n % self.batch_size:
             warnings.warn(
                 f"You have specified a mini-batch size of {self.batch_size}, but because the `RolloutBuffer` is of size "
                 f"`n_steps * n_envs = {n}`, after every {n // self.batch_size} untruncated mini-batches, there will be a "
@@ -100,11 +100,9 @@ class Bilevel(OnPolicyAlgorithm):
             )
 
     def _setup_lr_schedule(self) -> None:
-        super()._setup_lr_schedule()
+        self.lr_schedule = as_schedule("learning_rate", self.learning_rate)
         if self.critic_learning_rate is not None:
-            self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate)
-            scheduled("critic_learning_rate", self.critic_lr_schedule, 1.0)
-        scheduled("learning_rate", self.lr_schedule, 1.0)
+            self.critic_lr_schedule = as_schedule("critic_learning_rate", self.critic_learning_rate)
         self._scheduled_rates = (self.learning_rate, self.critic_learning_rate)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> bool:
@@ -161,7 +159,7 @@ class Bilevel(OnPolicyAlgorithm):
         n_critic_steps = self.n_critic_updates * -(-len(rollout) // self.batch_size)
         epochs: list[Epoch] = []
         response: Response | None = None
-        with self._undone_on_error():
+        with self._undone_on_error() as buffers:
             engine = self._engine()
             values_of_rollout = engine.values(rollout.observations)
             for epoch in range(self.n_epochs):
@@ -180,8 +178,10 @@ class Bilevel(OnPolicyAlgorithm):
                 actor_pass = engine.improve_actor(rollout, finite("corrected advantages", correction.weights))
                 epochs.append(Epoch(critic_losses, correction, actor_pass))
                 if actor_pass.stopped:
+                    if self.verbose >= 1:
+                        print(f"Early stopping at epoch {epoch}: the KL divergence is above 1.5 * {self.target_kl}")
                     break
-            self._check_networks()
+            self._check_networks(buffers)
         self._n_updates += len(epochs)
         self._former_rollouts = latest[1:] if len(latest) == self._n_critic_rollouts else latest
         self._log(epochs, response, engine.clip_range)
@@ -220,7 +220,7 @@ class Bilevel(OnPolicyAlgorithm):
             self.policy,
             self.critic_optimizer,
             batch_size=self.batch_size,
-            clip_range=scheduled("clip_range", FloatSchedule(self.clip_range), progress),
+            clip_range=scheduled("clip_range", as_schedule("clip_range", self.clip_range), progress),
             ent_coef=self.ent_coef,
             max_grad_norm=self.max_grad_norm,
             target_kl=self.target_kl,
@@ -247,12 +247,15 @@ class Bilevel(OnPolicyAlgorithm):
         return best_response(rollout, jacobian, weights, values, solver, damping, self.curvature, generator)
 
     @contextlib.contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        """Put networks and optimizers back to what they are now, if the block raises."""
+    def _undone_on_error(self) -> Iterator[dict[str, th.Tensor]]:
+        """Put networks and optimizers back to what they are now, if the block raises. Yield a copy of the buffers."""
         before: Any = copy.deepcopy(self.get_parameters())
+        buffers = {name: buffer.clone() for name, buffer in self.policy.named_buffers()}
         try:
-            yield
+            yield buffers
         except BaseException as error:
+            for name, buffer in self.policy.named_buffers():
+                buffer.data = buffers.get(name, buffer)  # those that `before` lacks and those of other shapes, too
             super().set_parameters(before)
             if not isinstance(error, FloatingPointError):
                 raise
@@ -262,8 +265,11 @@ class Bilevel(OnPolicyAlgorithm):
                 "`learning_rate` and `critic_learning_rate`."
             ) from error
 
-    def _check_networks(self) -> None:
-        """Raise if a parameter or an optimizer's state is not finite."""
+    def _check_networks(self, buffers: dict[str, th.Tensor]) -> None:
+        """Raise if a parameter, a buffer that is not as it was, or an optimizer's state is not finite."""
+        for name, buffer in self.policy.named_buffers():
+            if name not in buffers or not th.equal(buffer, buffers[name]):  # a mask of infinities is in order
+                finite(f"buffer `{name}`", buffer)
         for name, parameter in self.policy.named_parameters():
             finite(f"parameter `{name}`", parameter)
         for name, optimizer in (("actor", self.policy.optimizer), ("critic", self.critic_optimizer)):
@@ -276,14 +282,17 @@ class Bilevel(OnPolicyAlgorithm):
         """SB3's PPO keys and BLPO's own."""
         passes = [epoch.actor_pass.stats for epoch in epochs]
         stats = {name: float(np.mean([one[name] for one in passes])) for name in passes[0]}
-        stats |= {name: passes[-1][name] for name in ("loss", "approx_kl")}
+        stats["approx_kl"] = passes[-1]["approx_kl"]
+        # As PPO's, for whoever plots it
+        stats["loss"] = passes[-1]["loss"] + self.vf_coef * float(epochs[-1].critic_losses[-1])
         losses = [float(epoch.critic_losses.mean()) for epoch in epochs]
         stats |= {"value_loss": float(np.mean(losses)), "critic_loss_before": losses[0], "critic_loss_after": losses[-1]}
         if response is not None:
             stats["ihvp_residual"] = float(response.residual)
-            stats["correction_skipped"] = float(sum(epoch.correction.skipped for epoch in epochs))
-            for name in epochs[0].correction.stats:
-                stats[name] = float(np.mean([epoch.correction.stats[name] for epoch in epochs]))
+            solves = epochs[:: self.ihvp_interval or self.n_epochs]
+            stats["correction_skipped"] = float(sum(epoch.correction.skipped for epoch in solves))
+            done = [epoch.correction.stats for epoch in epochs if not epoch.correction.skipped]
+            stats |= {name: float(np.mean([one[name] for one in done])) for name in (done[0] if done else {})}
         buffer = self.rollout_buffer
         stats["explained_variance"] = float(explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
         stats["clip_range"] = clip_range

@@ -8,10 +8,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import FloatSchedule
 
 IHVP_SOLVERS = ("nystrom", "cg", "nystrom_cg", "exact", "none")
 CURVATURES = ("gauss_newton", "hessian")
 SKETCHES = ("values", "gaussian", "columns")
+
+
+def as_schedule(name: str, value: float | Schedule) -> FloatSchedule:
+    """
+    :param name: Of an argument, for the message
+    :param value: A number or a schedule
+    :return: SB3's schedule of it
+    :raises ValueError: If it starts at a value that is not allowed
+    """
+    # SB3's refuses numpy's numbers
+    schedule = FloatSchedule(value if callable(value) else float(value))
+    scheduled(name, schedule, 1.0)
+    return schedule
 
 
 def scheduled(name: str, schedule: Schedule, progress_remaining: float) -> float:
@@ -63,6 +77,10 @@ def _is_real(value: Any) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
+
+
+class WrongArgument(ValueError, AssertionError):
+    """An argument that BLPO refuses. An AssertionError as well, as SB3's algorithms raise, so that callers catch either."""
 
 
 class Rule(NamedTuple):
@@ -143,7 +161,7 @@ def check(name: str, rule: Rule, value: Any) -> None:
     :raises ValueError: If it is not allowed
     """
     if not rule.check(value):
-        raise ValueError(f"`{name}` must be {rule.allowed}, got {value!r}.")
+        raise WrongArgument(f"`{name}` must be {rule.allowed}, got {value!r}.")
 
 
 def check_arguments(model: Any) -> None:
@@ -157,5 +175,5 @@ def check_arguments(model: Any) -> None:
         check(name, rule, getattr(model, name))
     for key, value in (model.ihvp_kwargs or {}).items():
         if key not in IHVP_RULES:
-            raise ValueError(f"`ihvp_kwargs` takes {', '.join(map(repr, IHVP_RULES))}, got {key!r}.")
+            raise WrongArgument(f"`ihvp_kwargs` takes {', '.join(map(repr, IHVP_RULES))}, got {key!r}.")
         check(f"ihvp_kwargs[{key!r}]", IHVP_RULES[key], value)
