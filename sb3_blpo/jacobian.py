@@ -288,6 +288,8 @@ class LayerJacobian(Jacobian):
     def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], *arguments: Any) -> None:
         super().__init__(*arguments)
         self.layers = layers
+        if all(isinstance(layer, nn.Linear) for layer in layers):  # whose memory is small
+            self.batch_size = max(self.batch_size, 4096)
         self.sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
         self._kept: list[Rows] | None = None
 

@@ -89,7 +89,7 @@ class TorchEngine:
         :return: Their values in eval mode (n,)
         """
         self.policy.set_training_mode(False)
-        parts = in_order(size(observations), self.batch_size)
+        parts = in_order(size(observations), 4 * self.batch_size)  # without a graph they take less memory
         values = [self.policy.predict_values(take(observations, index)).flatten() for index in parts]
         return finite("critic's value", th.cat(values))
 
@@ -100,7 +100,7 @@ class TorchEngine:
         :return: log pi(a_t|s_t) in eval mode (N,)
         """
         self.policy.set_training_mode(False)
-        return th.cat([self._evaluate(rollout, index)[0] for index in in_order(len(rollout), self.batch_size)])
+        return th.cat([self._evaluate(rollout, index)[0] for index in in_order(len(rollout), 4 * self.batch_size)])
 
     def improve_actor(self, rollout: Rollout, weights: th.Tensor) -> ActorPass:
         """
