@@ -78,7 +78,7 @@ def _constructor_parameters(policy: ActorCriticPolicy) -> dict[str, Any]:
 def _split(policy: ActorCriticPolicy) -> tuple[set[int], set[int]]:
     """Ids of the parameters that the action distribution depends on, and of those that the value depends on."""
     named = {name: p for name, p in policy.named_parameters() if p.is_floating_point()}
-    trainable = {name for name, parameter in named.items() if parameter.requires_grad}
+    trainable = [name for name, parameter in named.items() if parameter.requires_grad]
     observations = policy.obs_to_tensor(_examples(policy.observation_space))[0]
     policy.set_training_mode(False)
     for parameter in named.values():  # frozen ones have a side as well, and may be trained later
