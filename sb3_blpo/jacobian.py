@@ -6,6 +6,7 @@ J is never held as a whole. For a critic made of Linear and Conv2d layers all pr
 signals: :class:`LayerJacobian`. For any other critic the rows of some random states are formed: :class:`SampledJacobian`.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -307,10 +308,12 @@ class LayerJacobian(Jacobian):
 
     def at(self, index: th.Tensor) -> Rows:
         seen: dict[nn.Module, list[tuple[th.Tensor, Any]]] = {layer: [] for layer in self.layers}
+        thread = threading.get_ident()
 
         def see(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
-            # The edge stays where it is if the output is changed in place
-            seen[layer].append((inputs[0].detach(), get_gradient_edge(output)))
+            # The edge stays where it is if the output is changed in place. Users' threads may call the critic meanwhile
+            if threading.get_ident() == thread:
+                seen[layer].append((inputs[0].detach(), get_gradient_edge(output)))
 
         hooks = [layer.register_forward_hook(see, prepend=True) for layer in self.layers]
         try:
