@@ -7,7 +7,8 @@ import torch as th
 
 from sb3_blpo.curvature import GaussNewton
 from sb3_blpo.ihvp.base import Solution, Solver, solve_dense
-from sb3_blpo.jacobian import Jacobian, Rows
+from sb3_blpo.jacobian import Jacobian
+from sb3_blpo.rows import Rows
 
 
 class Inverse(NamedTuple):
