@@ -140,20 +140,24 @@ def check_optimizers(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optim
     """
     :param policy: The policy with the actor's optimizer
     :param critic_optimizer: The critic's
-    :raises ValueError: If the two share a parameter, or have one that is not the policy's
+    :raises ValueError: Unless each trainable parameter of the policy is in one of them, and nothing else is
     """
     names = {id(parameter): name for name, parameter in policy.named_parameters()}
-    taken: set[int] = set()
-    for which, optimizer in (("policy.optimizer", policy.optimizer), ("critic_optimizer", critic_optimizer)):
-        ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    actor, critic = (
+        {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for optimizer in (policy.optimizer, critic_optimizer)
+    )
+    for which, ids in (("policy.optimizer", actor), ("critic_optimizer", critic)):
         if not ids <= names.keys():
             raise ValueError(
-                f"`{which}` has parameters that are not the policy's (was a network or the policy replaced?): make both "
-                "optimizers anew for the parameters that they shall train, or load the weights with `set_parameters`."
+                f"`{which}` has parameters that are not the policy's (was a network or the policy replaced?): make it anew, or "
+                "load the weights with `set_parameters`."
             )
-        if common := ids & taken:
+    for key, parameter in zip(names, policy.parameters(), strict=True):
+        if key in actor & critic:
             raise ValueError(
-                f"`policy.optimizer` and `critic_optimizer` both have `{names[min(common)]}`: give `policy.optimizer` the "
-                "actor's parameters alone, those of the optimizer that it replaces."
+                f"`policy.optimizer` and `critic_optimizer` both have `{names[key]}`: give `policy.optimizer` the actor's "
+                "parameters alone, those of the optimizer that it replaces."
             )
-        taken |= ids
+        if parameter.requires_grad and key not in actor | critic:
+            raise ValueError(f"`{names[key]}` is trainable, but no optimizer has it: give it to one, or freeze it.")
