@@ -150,8 +150,8 @@ def check_optimizers(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optim
     for which, ids in (("policy.optimizer", actor), ("critic_optimizer", critic)):
         if not ids <= names.keys():
             raise ValueError(
-                f"`{which}` has parameters that are not the policy's (was a network or the policy replaced?): make it anew, or "
-                "load the weights with `set_parameters`."
+                f"`{which}` has parameters that are not the policy's (was a network replaced?): make it anew, or load "
+                "the weights with `set_parameters`."
             )
     for key, parameter in zip(names, policy.parameters(), strict=True):
         if key in actor & critic:
