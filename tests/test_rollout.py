@@ -62,6 +62,7 @@ def test_observations_and_values_are_those_of_sb3(name: str) -> None:
     """In time order; behind the states what comes after the rollout, and the terminal observations. In the second rollout."""
     recorder = Recorder()
     model = make(OBSERVATION_SPACES[name], learning_rate=0.0, normalize=name == "Box").learn(48, recorder)
+    assert model._last_obs is not None
     rollout, buffer = recorder.rollout, recorder.buffer
     N, E = 24, 3
     assert len(rollout) == N and 0 < len(rollout.truncated) == len(recorder.terminal) < rollout.done.sum()
