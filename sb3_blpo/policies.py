@@ -81,11 +81,14 @@ def _split(policy: ActorCriticPolicy) -> tuple[set[int], set[int]]:
     trainable = [name for name, parameter in named.items() if parameter.requires_grad]
     observations = policy.obs_to_tensor(_examples(policy.observation_space))[0]
     policy.set_training_mode(False)
+    buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
     for parameter in named.values():  # frozen ones have a side as well, and may be trained later
         parameter.requires_grad_(True)
     try:
         actor, critic = (_dependences(output, named) for output in _outputs(policy, observations))
     except (TypeError, AttributeError) as error:
+        if policy.share_features_extractor:
+            raise
         raise ValueError(
             f"{type(policy).__name__} failed ({error}). In BLPO the critic has a features extractor of its own: where "
             "`share_features_extractor` is False, `extract_features(obs)` returns two tensors; take the actor's features by "
@@ -95,6 +98,8 @@ def _split(policy: ActorCriticPolicy) -> tuple[set[int], set[int]]:
     finally:
         for name, parameter in named.items():
             parameter.requires_grad_(name in trainable)
+        for name, buffer in policy.named_buffers():  # what an extractor counts in each forward pass
+            buffer.data = buffers.get(name, buffer)
     for name in trainable:
         if (name in actor) == (name in critic):
             raise ValueError(
@@ -115,8 +120,8 @@ def _dependences(output: th.Tensor, named: dict[str, nn.Parameter]) -> set[str]:
 @th.enable_grad()
 def _outputs(policy: ActorCriticPolicy, observations: Any) -> tuple[th.Tensor, th.Tensor]:
     """What the actor's and the critic's parameters show in."""
-    with th.no_grad():
-        actions = policy.get_distribution(observations).get_actions(deterministic=True)
+    with th.no_grad(), th.random.fork_rng(devices=[]):
+        actions = policy(observations)[0]  # the way in which rollouts are collected
     _, log_prob, entropy = policy.evaluate_actions(observations, actions)
     values = policy.predict_values(observations)
     with th.no_grad():
