@@ -122,6 +122,7 @@ def _outputs(policy: ActorCriticPolicy, observations: Any) -> tuple[th.Tensor, t
     """What the actor's and the critic's parameters show in."""
     with th.no_grad(), th.random.fork_rng(devices=[]):
         actions = policy(observations)[0]  # the way in which rollouts are collected
+        actions = actions.flatten(1) if actions.ndim > 1 else actions  # as the buffer holds them
     _, log_prob, entropy = policy.evaluate_actions(observations, actions)
     values = policy.predict_values(observations)
     with th.no_grad():
