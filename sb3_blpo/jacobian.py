@@ -15,6 +15,7 @@ import torch as th
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from sb3_blpo.rows import AllLayers, FormedRows, LinearRows, Rows, conv_rows, flatten
@@ -80,7 +81,7 @@ class Jacobian(ABC):
         self.n_params = sum(parameter.numel() for parameter in parameters)
         self.batch_size = batch_size
         #: The states that the curvature is made from: all, or a sample of them
-        self.loss_states = th.arange(n_states)
+        self.loss_states = th.arange(n_states, device="cpu")
 
     @abstractmethod
     def at(self, index: th.Tensor) -> Rows:
@@ -108,7 +109,7 @@ class Jacobian(ABC):
         :return: J^T c, the gradient of sum_j c_j V(s_j) (n_params,)
         """
         total = c.new_zeros(self.n_params)
-        for index in th.arange(self.n_observations).split(self.batch_size):
+        for index in th.arange(self.n_observations, device="cpu").split(self.batch_size):
             total += self._differentiate(self._values(index), c[index])
         return total
 
@@ -129,7 +130,7 @@ class Jacobian(ABC):
         return total
 
     def _values(self, index: th.Tensor) -> th.Tensor:
-        with th.enable_grad():
+        with th.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative and no vmap
             return self.critic(self.take(index))
 
     def _differentiate(self, outputs: th.Tensor, weights: th.Tensor, create_graph: bool = False) -> th.Tensor:
@@ -203,13 +204,13 @@ class LayerJacobian(Jacobian):
         :return: Whether what the layers give for a few rows is what automatic differentiation gives; not so where a layer is
             called twice, or its weights are used in another way, or values depend on one another's observations
         """
-        index = th.linspace(0, self.n_observations - 1, min(self.n_observations, 16)).long()
+        index = th.linspace(0, self.n_observations - 1, min(self.n_observations, 16), device="cpu").long()
         try:
             rows = self.at(index)
         except RuntimeError:
             return False
         values = self._values(index)
-        w = th.linspace(1, 2, len(index)).to(values)
+        w = th.linspace(1, 2, len(index), device="cpu").to(values)
         exact = self._differentiate(values, w).split(self.sizes)
         for given, true in zip(rows.Jt_w(w).split(self.sizes), exact, strict=True):
             # Far above rounding; what is not finite says nothing about the layers
@@ -230,7 +231,7 @@ class SampledJacobian(Jacobian):
     def __init__(self, generator: th.Generator, *arguments: Any) -> None:
         super().__init__(*arguments)
         n = min(MAX_SAMPLED_ROWS, max(1, MAX_SAMPLED_BYTES // (4 * self.n_params)), self.n_states)
-        self.loss_states = th.randperm(self.n_states, generator=generator)[:n].sort().values
+        self.loss_states = th.randperm(self.n_states, generator=generator, device="cpu")[:n].sort().values
         self._rows = self.at(self.loss_states)
 
     def chunks(self) -> Iterable[Rows]:
@@ -246,7 +247,8 @@ class SampledJacobian(Jacobian):
             return functional_call(self.critic, parameters, (one,))[0]
 
         try:
-            rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(parameters, observations)
+            with sdpa_kernel(SDPBackend.MATH):
+                rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(parameters, observations)
             return FormedRows(th.cat([part.flatten(1) for part in rows.values()], dim=1))
         except th.OutOfMemoryError:
             raise
@@ -265,7 +267,7 @@ class SampledJacobian(Jacobian):
             for sign in (1, -1):
                 for parameter, start, part in zip(self.parameters, before, unflatten(v, before), strict=True):
                     parameter.copy_(start + sign * step * part)
-                parts = th.arange(self.n_states).split(self.batch_size)
+                parts = th.arange(self.n_states, device="cpu").split(self.batch_size)
                 values.append(th.cat([self.critic(self.take(index)) for index in parts]))
         finally:
             for parameter, start in zip(self.parameters, before, strict=True):

@@ -92,6 +92,29 @@ def test_a_critic_that_cannot_respond_has_no_response(solver: str) -> None:
     assert best_response(p.rollout, p.jacobian, weights, p.values, made, 0.1, "gauss_newton", th.Generator()) is None
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ihvp_solver": "nystrom"},
+        {"ihvp_solver": "nystrom", "policy_kwargs": {"activation_fn": nn.PReLU}},
+        {"ihvp_solver": "nystrom_cg", "ihvp_kwargs": {"sketch": "columns"}, "curvature": "hessian"},
+        {"ihvp_solver": "nystrom", "ihvp_kwargs": {"sketch": "gaussian"}},
+        {"ihvp_solver": "exact"},
+    ],
+)
+def test_a_default_device_of_the_users_changes_nothing(settings: dict[str, Any]) -> None:
+    """As for PPO: ``device`` counts. On this one nothing can be computed."""
+    models = []
+    for device in ("cpu", "meta"):
+        model = BLPO(
+            "MlpPolicy", vec_env(SpaceEnv(), 2), n_steps=16, batch_size=8, n_epochs=2, seed=0, device="cpu", **settings
+        )
+        with th.device(device):
+            models.append(model.learn(32))
+    for one, other in zip(models[0].policy.parameters(), models[1].policy.parameters(), strict=True):
+        assert th.equal(one, other)
+
+
 class LargestTensor(TorchDispatchMode):
     """Keeps the number of elements of the largest tensor that is made."""
 
