@@ -15,7 +15,6 @@ import torch as th
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from sb3_blpo.rows import AllLayers, FormedRows, LinearRows, Rows, conv_rows, flatten
@@ -130,7 +129,7 @@ class Jacobian(ABC):
         return total
 
     def _values(self, index: th.Tensor) -> th.Tensor:
-        with th.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative and no vmap
+        with th.enable_grad():
             return self.critic(self.take(index))
 
     def _differentiate(self, outputs: th.Tensor, weights: th.Tensor, create_graph: bool = False) -> th.Tensor:
@@ -247,8 +246,7 @@ class SampledJacobian(Jacobian):
             return functional_call(self.critic, parameters, (one,))[0]
 
         try:
-            with sdpa_kernel(SDPBackend.MATH):
-                rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(parameters, observations)
+            rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(parameters, observations)
             return FormedRows(th.cat([part.flatten(1) for part in rows.values()], dim=1))
         except th.OutOfMemoryError:
             raise
