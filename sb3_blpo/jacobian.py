@@ -284,7 +284,9 @@ def layers_of(critic: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.
     if [id(parameter) for layer in layers for parameter in layer._parameters.values() if parameter is not None] != own:
         return None
     plain = [layer for layer in layers if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and _is_plain(layer))]
-    return plain if plain and len(plain) == len(layers) else None
+    if len(plain) != len(layers) or any(layer._parameters.keys() != {"weight", "bias"} for layer in plain):  # weight_norm
+        return None
+    return plain or None
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:

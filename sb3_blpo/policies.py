@@ -61,7 +61,7 @@ def _unshare_features_extractor(policy: ActorCriticPolicy) -> dict[int, nn.Param
         except RuntimeError as error:  # old-style weight_norm
             raise ValueError(
                 f"The critic gets a copy of the features extractor, but {type(extractor).__name__} cannot be copied "
-                f"({error}); use `policy_kwargs`={'share_features_extractor': False}."
+                f"({error}); use `policy_kwargs`={{'share_features_extractor': False}}."
             ) from error
         policy.share_features_extractor = False
         twins = policy.vf_features_extractor.parameters()

@@ -51,6 +51,8 @@ class TorchEngine:
         self.batch_size = batch_size
         self.clip_range, self.ent_coef = clip_range, ent_coef
         self.max_grad_norm, self.target_kl = max_grad_norm, target_kl
+        for optimizer in (policy.optimizer, critic_optimizer):
+            optimizer.zero_grad()  # what was frozen since the last update has its gradient still
         self.actor_parameters, self.critic_parameters = (
             [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
             for optimizer in (policy.optimizer, critic_optimizer)
