@@ -176,7 +176,7 @@ def test_a_replaced_network(replace: Callable[[BLPO], Any]) -> None:
     """Needs optimizers of its own, and is trained by them."""
     model = small().learn(16)
     replace(model)
-    with pytest.raises(ValueError, match="^`critic_optimizer` has parameters that are not the policy's"):
+    with pytest.raises(ValueError, match=r"^`critic_optimizer` has parameters that are not the policy's"):
         model.learn(16)
     names = {name for name, _ in model.policy.named_parameters()}
     critic = [p for name, p in model.policy.named_parameters() if "value_net" in name]
