@@ -180,7 +180,7 @@ def summary(table: pd.DataFrame) -> str:
     :param table: All turns
     :return: Medians
     """
-    medians = ratios(table).groupby("case", sort=False).median()
+    medians = ratios(table).groupby("case").median().loc[[case for case in CASES if case in set(table["case"])]]
     seconds = table.groupby(["case", "algorithm"])[["collect", "train"]].median().unstack()
     for name in ALGORITHMS:
         collect, train = seconds["collect", name], seconds["train", name]
