@@ -207,6 +207,15 @@ def test_a_critic_whose_gradient_torch_refuses_to_differentiate() -> None:
         jacobian.hessian_v(th.ones(N_STATES, dtype=th.float64), th.ones(jacobian.n_params, dtype=th.float64))
 
 
+def test_rows_are_formed_many_at_a_time() -> None:
+    """Not one by one, as where torch.func cannot: 256 forward and backward passes would cost more than an epoch."""
+    calls: list[int] = []
+    critic = mlp(nn.LayerNorm(5))
+    critic.register_forward_hook(lambda *_: calls.append(1))
+    jacobian_of(critic, th.randn(300, 6, dtype=th.float64), 300, 300, batch_size=64)
+    assert len(calls) == MAX_SAMPLED_ROWS // 64
+
+
 def test_the_sample_comes_from_the_generator_and_estimates_the_trace() -> None:
     th.manual_seed(0)
     critic, observations = mlp(nn.LayerNorm(5)).double(), th.randn(2 * MAX_SAMPLED_ROWS + 5, 6, dtype=th.float64)
