@@ -17,7 +17,7 @@ from sb3_blpo import BLPO
 
 def score(model: BLPO, env: Any) -> float:
     """Mean return of 20 episodes."""
-    return float(np.mean(score(model, env)))
+    return float(np.mean(evaluate_policy(model, env, n_eval_episodes=20, warn=False)[0]))
 
 
 @pytest.mark.parametrize(
