@@ -11,7 +11,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
@@ -83,7 +83,7 @@ class Bilevel(OnPolicyAlgorithm):
         check_arguments(self)
         super()._setup_model()
         self.clip_range = as_schedule("clip_range", self.clip_range)
-        self.critic_optimizer = separate(self.policy, self.lr_schedule(1))
+        self.critic_optimizer = separate(self.policy)
         self._former_rollouts, self._truncations, self._before_noise = [], [], {}
         self._check_size_of_dense_solve()
         if self.env is None:
@@ -129,10 +129,10 @@ class Bilevel(OnPolicyAlgorithm):
         self._before_noise = torch_generator_states() if self.use_sde else {}
         try:
             return super().collect_rollouts(env, callback, *args, **kwargs)
-        except ValueError as error:
+        except ValueError:
             # The distribution refuses the parameters that NaN observations lead to, in words that do not mention them
             check_finite("observations", self._last_obs)
-            raise error
+            raise
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
@@ -146,6 +146,16 @@ class Bilevel(OnPolicyAlgorithm):
             if terminal is not None and infos[env].get("TimeLimit.truncated", False):
                 check_finite("terminal observations", terminal)
                 self._truncations.append(Truncation(self.rollout_buffer.pos, env, copy.deepcopy(terminal)))
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set another environment, as SB3 does; the critic's former rollouts were of the old one.
+
+        :param env: The environment
+        :param force_reset: Force call to ``reset()`` before training
+        """
+        super().set_env(env, force_reset)
+        self._former_rollouts = []
 
     def train(self) -> None:
         """
@@ -195,14 +205,16 @@ class Bilevel(OnPolicyAlgorithm):
     def _n_critic_rollouts(self) -> int:
         """Of how many rollouts the critic's minibatches are drawn: images take too much memory to keep them."""
         if self.critic_rollouts is not None:
-            return self.critic_rollouts
+            return int(self.critic_rollouts)
         space = self.observation_space
         parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
         return 1 if any(len(part.shape or ()) >= 3 for part in parts) else CRITIC_ROLLOUTS
 
     @property
     def _critic_parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.critic_optimizer.param_groups for p in group["params"] if p.requires_grad]
+        """Those that are trained, in the policy's order."""
+        own = {id(parameter) for group in self.critic_optimizer.param_groups for parameter in group["params"]}
+        return [parameter for parameter in self.policy.parameters() if id(parameter) in own and parameter.requires_grad]
 
     def _check_size_of_dense_solve(self) -> None:
         of_parameters = self.curvature == "hessian"
@@ -238,7 +250,7 @@ class Bilevel(OnPolicyAlgorithm):
             self.policy,
             self.critic_optimizer,
             batch_size=int(self.batch_size),
-            clip_range=scheduled("clip_range", as_schedule("clip_range", self.clip_range), progress),
+            clip_range=scheduled("clip_range", self.clip_range, progress),
             ent_coef=self.ent_coef,
             max_grad_norm=self.max_grad_norm,
             target_kl=self.target_kl,
@@ -289,7 +301,8 @@ class Bilevel(OnPolicyAlgorithm):
             if name not in buffers or not th.equal(buffer, buffers[name]):  # a mask of infinities is in order
                 finite(f"buffer `{name}`", buffer)
         for name, parameter in self.policy.named_parameters():
-            finite(f"parameter `{name}`", parameter)
+            if parameter.requires_grad:
+                finite(f"parameter `{name}`", parameter)
         for name, optimizer in (("actor", self.policy.optimizer), ("critic", self.critic_optimizer)):
             for state in optimizer.state.values():
                 for key, value in state.items():
@@ -309,7 +322,7 @@ class Bilevel(OnPolicyAlgorithm):
             stats["ihvp_residual"] = float(response.residual)
             solves = epochs[:: self.ihvp_interval or self.n_epochs]
             stats["correction_skipped"] = float(sum(epoch.correction.skipped for epoch in solves))
-            done = [epoch.correction.stats for epoch in epochs if not epoch.correction.skipped]
+            done = [epoch.correction.stats for epoch in epochs if epoch.correction.stats]
             stats |= {name: float(np.mean([one[name] for one in done])) for name in (done[0] if done else {})}
         buffer = self.rollout_buffer
         stats["explained_variance"] = float(explained_variance(buffer.values.flatten(), buffer.returns.flatten()))

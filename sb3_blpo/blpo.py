@@ -24,9 +24,9 @@ class BLPO(Bilevel):
     """
     Bilevel Policy Optimization with Nyström Hypergradients (BLPO).
 
-    Actor-critic as a bilevel problem: in each epoch the critic (follower) takes ``n_critic_updates`` passes towards its best
-    response before the pass of the actor (leader), which takes PPO's clipped steps on advantages that account for how the
-    critic would respond. That needs an inverse-Hessian-vector product, once a rollout, by default a Nyström approximation.
+    Actor-critic as a bilevel problem: in each epoch the critic (follower) steps towards its best response, and then the actor
+    (leader) takes PPO's clipped steps, on advantages that account for how the critic would respond. That needs an
+    inverse-Hessian-vector product, once a rollout, by default a Nyström approximation.
 
     Paper: https://arxiv.org/abs/2505.11714 (Algorithm 1); Nyström hypergradients: https://arxiv.org/abs/2302.09726
 
@@ -47,7 +47,8 @@ class BLPO(Bilevel):
     :param clip_range_vf: Must be ``None``: the critic has a loss of its own
     :param normalize_advantage: Whether to normalize the advantages, over the whole rollout
     :param ent_coef: Entropy coefficient for the actor's loss, >= 0
-    :param vf_coef: Without effect, with a warning if it is not PPO's default: the critic has a loss and a rate of its own
+    :param vf_coef: Weighs the critic's loss in the logged ``train/loss``, and nothing else: the critic has a loss and a rate
+        of its own. A warning if it is not PPO's default
     :param max_grad_norm: The maximum norm of the actor's gradient, > 0. The critic's is not clipped
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE.
@@ -70,10 +71,11 @@ class BLPO(Bilevel):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param critic_learning_rate: The critic's learning rate, >= 0, it can be a function of the current progress remaining;
         ``None``: four times the actor's, as in the paper's settings, so that the critic follows
-    :param n_critic_updates: Number of the critic's passes before each pass of the actor (nesting), at least 1
-    :param critic_rollouts: The critic's minibatches are drawn from so many of the latest rollouts, at least 1, in as many
-        steps as for one. Their states and returns stay in memory, in float32, images as they are: ``critic_rollouts`` *
-        ``n_steps`` * ``n_envs`` of them. ``None``: 8, for image observations 1
+    :param n_critic_updates: The critic takes so many times as many steps as the actor (nesting), at least 1, in each epoch
+        before the actor's
+    :param critic_rollouts: The critic's minibatches are drawn from so many of the latest rollouts, at least 1. The number of
+        its steps does not grow with them. Their states and returns stay in memory, in float32, images as they are:
+        ``critic_rollouts`` * ``n_steps`` * ``n_envs`` of them. ``None``: 8, for image observations 1
     :param ihvp_solver: How the critic's linear system is solved: "nystrom" (low-rank approximation), "cg" (conjugate
         gradients), "nystrom_cg" (preconditioned by Nyström), "exact" (dense) or "none" (no correction: nested actor-critic)
     :param ihvp_kwargs: Settings of the solver: ``damping`` (> 0, in units of the trace of the Gauss-Newton matrix, 0.01),

@@ -28,20 +28,18 @@ def as_schedule(name: str, value: float | Schedule) -> FloatSchedule:
     return schedule
 
 
-def scheduled(name: str, schedule: Schedule, progress_remaining: float) -> float:
+def scheduled(name: str, value: float | Schedule, progress_remaining: float) -> float:
     """
-    :param name: Of the schedule, for the message
-    :param schedule: A schedule
+    :param name: Of an argument, for the message
+    :param value: A number or a schedule
     :param progress_remaining: From 1 to 0
-    :return: Its value
+    :return: Its value there
     :raises ValueError: If that is negative, NaN or infinite, or no number
     """
-    value: Any = schedule(progress_remaining)
-    if getattr(value, "ndim", None) == 0:  # of NumPy or torch
-        value = value.item()
-    if not NON_NEGATIVE.check(value):
-        raise ValueError(f"`{name}` must be finite and >= 0, but is {value!r} at progress_remaining={progress_remaining}.")
-    return float(value)
+    now: Any = value(progress_remaining) if callable(value) else value
+    if not NON_NEGATIVE.check(now):
+        raise ValueError(f"`{name}` must be finite and >= 0, but is {now!r} at progress_remaining={progress_remaining}.")
+    return float(now)
 
 
 def check_finite(name: str, array: Any) -> None:
@@ -133,6 +131,7 @@ ARGUMENT_RULES: dict[str, Rule] = {
     "clip_range_vf": Rule("None: the critic has a loss of its own and takes no part in the actor's step", lambda x: x is None),
     "normalize_advantage": Rule("True or False", lambda x: isinstance(x, bool | np.bool_)),
     "ent_coef": NON_NEGATIVE,
+    "vf_coef": NON_NEGATIVE,
     "max_grad_norm": POSITIVE,
     "target_kl": or_none(POSITIVE_FINITE),
     "critic_learning_rate": or_none(RATE),

@@ -31,7 +31,10 @@ class GaussNewton:
         :param v: Vector (n_params,)
         :return: H v (n_params,)
         """
-        return self.scale * th.stack([rows.Jt_w(rows.J_v(v)) for rows in self.jacobian.chunks()]).sum(dim=0)
+        total = th.zeros_like(v)
+        for rows in self.jacobian.chunks():
+            total += rows.Jt_w(rows.J_v(v))
+        return self.scale * total
 
     def residual(self, v: th.Tensor) -> th.Tensor:
         """

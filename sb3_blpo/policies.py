@@ -11,13 +11,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 
-def separate(policy: ActorCriticPolicy, learning_rate: float) -> th.optim.Optimizer:
+def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:
     """
     Give the critic a features extractor of its own, and an optimizer with the settings of the policy's, which keeps the
     actor's parameters alone. Groups of parameters are kept, each on its side.
 
     :param policy: A new policy, changed in place
-    :param learning_rate: What the rates of the optimizer's groups are relative to
     :return: The critic's optimizer
     :raises ValueError: If a trainable parameter belongs to both or to neither
     """
@@ -36,17 +35,18 @@ def separate(policy: ActorCriticPolicy, learning_rate: float) -> th.optim.Optimi
         for group in optimizer.param_groups:
             twins = [copies[id(p)] for p in group["params"] if id(p) in copies]
             group["params"] = [p for p in group["params"] + twins if id(p) in own]
-            group["lr_scale"] = group["lr"] / learning_rate if learning_rate > 0 else 1.0
+            group["has_own_lr"] = group["lr"] != optimizer.defaults["lr"]
     return critic_optimizer
 
 
 def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
     """
     :param optimizer: The actor's or the critic's
-    :param learning_rate: Its rate; a group with a rate of its own keeps the proportion
+    :param learning_rate: Of all groups of parameters but those that were made with a rate of their own
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        if not group.get("has_own_lr"):
+            group["lr"] = learning_rate
 
 
 def _unshare_features_extractor(policy: ActorCriticPolicy) -> dict[int, nn.Parameter]:
@@ -91,9 +91,8 @@ def _split(policy: ActorCriticPolicy) -> tuple[set[int], set[int]]:
             raise
         raise ValueError(
             f"{type(policy).__name__} failed ({error}). In BLPO the critic has a features extractor of its own: where "
-            "`share_features_extractor` is False, `extract_features(obs)` returns two tensors; take the actor's features by "
-            "`extract_features(obs, self.pi_features_extractor)` and the critic's by "
-            "`extract_features(obs, self.vf_features_extractor)`."
+            "`share_features_extractor` is False, `extract_features(obs)` returns two tensors: write "
+            "`pi_features, vf_features = self.extract_features(obs)`."
         ) from error
     finally:
         for name, parameter in named.items():
@@ -121,10 +120,19 @@ def _dependences(output: th.Tensor, named: dict[str, nn.Parameter]) -> set[str]:
 def _outputs(policy: ActorCriticPolicy, observations: Any) -> tuple[th.Tensor, th.Tensor]:
     """What the actor's and the critic's parameters show in."""
     with th.no_grad(), th.random.fork_rng(devices=[]):
-        actions = policy(observations)[0]  # the way in which rollouts are collected
+        actions, acting_values, _ = policy(observations)  # the way in which rollouts are collected
         actions = actions.flatten(1) if actions.ndim > 1 else actions  # as the buffer holds them
     _, log_prob, entropy = policy.evaluate_actions(observations, actions)
     values = policy.predict_values(observations)
+    with th.no_grad():
+        # Not where an extractor's state makes each call another one
+        again = policy.predict_values(observations)
+        if th.equal(values, again) and not th.allclose(values, acting_values.view_as(values), 1e-3, 1e-4, equal_nan=True):
+            raise ValueError(
+                f"`forward` and `predict_values` of {type(policy).__name__} give different values, and the critic is trained "
+                "by the latter: where you override `extract_features` or `forward`, override `predict_values` and "
+                "`get_distribution` as well."
+            )
     with th.no_grad():
         policy.get_distribution(observations)  # the policy keeps it, and could not be copied with the graph in it
     return log_prob.sum() + (0 if entropy is None else entropy.sum()), values.sum()

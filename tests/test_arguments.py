@@ -40,6 +40,7 @@ WRONG: dict[str, tuple[str, list[Any]]] = {
     "clip_range_vf": ("None: the critic has a loss of its own", [0.2, 0, FloatSchedule(0.2)]),
     "normalize_advantage": ("True or False", [1, None, "True"]),
     "ent_coef": NON_NEGATIVE,
+    "vf_coef": NON_NEGATIVE,
     "max_grad_norm": POSITIVE,
     "target_kl": ("a finite number > 0 or None", [0, -0.5, NAN, INF, "1"]),
     "critic_learning_rate": RATE,

@@ -72,7 +72,7 @@ def groups_of(model: BLPO) -> list[list[tuple[set[str], float, float]]]:
 
 
 def test_parameter_groups_are_kept() -> None:
-    """Each on its side, in proportion where it has a rate of its own, after loading too."""
+    """Each on its side, at its own rate where it has one, after loading too."""
     model = small(
         Groups, learning_rate=LinearSchedule(0.1, 0.0, 1.0), critic_learning_rate=0.2,
         policy_kwargs={"features_extractor_class": Encoder, "net_arch": [8]},
@@ -88,7 +88,7 @@ def test_parameter_groups_are_kept() -> None:
             (groups[1], "vf_features_extractor", "value_net", 0.2),
         ):
             assert [decay for _, decay, _ in side] == [0.1, 0, 0]
-            assert [lr for _, _, lr in side] == [rate, 0.5 * rate, rate]
+            assert [lr for _, _, lr in side] == [rate, 0.05, rate]
             assert side[0][0] == {f"{head}.weight", f"{head}.bias"}
             # The actor's is also `features_extractor`, by which it is named first
             assert {name.removeprefix("pi_").removeprefix("vf_") for name in side[1][0]} == {

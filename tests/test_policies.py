@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from envs import DICT, IMAGE, TORQUES, SpaceEnv, vec_env
+from envs import BOX, DICT, IMAGE, TORQUES, SpaceEnv, vec_env
 from gymnasium import spaces
 from models import changed, differences, logged, moved, parameters_of, small, state_of
 from stable_baselines3.common.distributions import DiagGaussianDistribution
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from sb3_blpo import BLPO
+from sb3_blpo import BLPO, jacobian
 
 
 def names_of(model: BLPO) -> set[str]:
@@ -406,3 +406,18 @@ def test_spaces_whose_samples_tell_little(space: spaces.Box) -> None:
     env = SpaceEnv(spaces.Box(0, 1, space.shape))
     env.observation_space = space
     small(env=env, policy_kwargs={"activation_fn": nn.ReLU})
+
+
+@pytest.mark.parametrize(("policy", "space"), [("CnnPolicy", IMAGE), ("MultiInputPolicy", DICT), ("MlpPolicy", BOX)])
+def test_curvature_of_sb3s_own_critics_is_of_all_states(policy, space, monkeypatch):
+    monkeypatch.setattr(jacobian, "SampledJacobian", None)
+    assert logged(small(policy, SpaceEnv(space)).learn(32))["correction_skipped"] == 0
+
+
+def test_values_by_which_a_policy_acts_and_by_which_it_is_trained():
+    class Scaled(ActorCriticPolicy):
+        def extract_features(self, obs, features_extractor=None):
+            return super().extract_features(10.0 * obs, features_extractor)
+
+    with pytest.raises(ValueError, match="`forward` and `predict_values` of Scaled give different values"):
+        small(Scaled)

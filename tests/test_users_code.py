@@ -343,8 +343,16 @@ def own_method(name: str) -> type[ActorCriticPolicy]:
 
 @pytest.mark.parametrize("name", ["forward", "evaluate_actions", "get_distribution", "predict_values"])
 def test_a_method_that_expects_one_features_tensor(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^Own failed .*critic has a features extractor of its own: .*vf_features_extractor"):
+    with pytest.raises(ValueError, match=r"^Own failed .*critic has a features extractor of its own: .*pi_features, vf_"):
         small(own_method(name), policy_kwargs={"features_extractor_class": Features})
+
+    # As the message says
+    class Mended(own_method(name)):  # type: ignore[misc]
+        def _both(self, obs: Any) -> Any:
+            pi_features, vf_features = self.extract_features(obs)
+            return self.mlp_extractor.forward_actor(pi_features), self.mlp_extractor.forward_critic(vf_features)
+
+    small(Mended, policy_kwargs={"features_extractor_class": Features}).learn(16)
     # Where the extractor has no parameters it is shared, and there is nothing to mind
     model = small(own_method(name))
     assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}

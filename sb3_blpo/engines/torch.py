@@ -60,7 +60,7 @@ class TorchEngine:
         # SB3's evaluate_actions() computes the values as well, which the actor's step does not need
         self._without_values = all(
             getattr(getattr(policy, name), "__func__", None) is getattr(ActorCriticPolicy, name)
-            for name in ("evaluate_actions", "get_distribution")
+            for name in ("evaluate_actions", "get_distribution", "extract_features")
         )
 
     def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_steps: int) -> th.Tensor:
@@ -158,7 +158,9 @@ class TorchEngine:
                 distribution = self.policy.get_distribution(observations)
                 return distribution.log_prob(actions), distribution.entropy()
             _, log_prob, entropy = self.policy.evaluate_actions(observations, actions)
-        except ValueError as error:  # torch's distributions refuse parameters that are not finite
+        except ValueError as error:
+            if not str(error).startswith("Expected parameter"):  # of torch's distributions: it is not finite
+                raise
             raise FloatingPointError("actor's output") from error
         return log_prob, entropy
 
