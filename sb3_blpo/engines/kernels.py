@@ -1,0 +1,485 @@
+"""
+The compiled engine's loops, for float32, and for float64 in the tests. One function a formula; a minibatch of B rows is a
+matrix (n_features, B), so that a layer is W h + b as in a textbook.
+
+Importing this module imports numba. What is called for the first time is compiled, or read from numba's cache on disk.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# Columns of `Network.layers`: sizes, where the layer's weight and bias start in the flat parameters, how many outputs the
+# layers before it have together, its activation
+N_IN, N_OUT, WEIGHT, BIAS, OUTPUT, ACTIVATION = range(6)
+IDENTITY, TANH, RELU = range(3)
+# Columns of `Network.settings`, of Adam
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, DECOUPLED = range(6)
+GAUSSIAN, CATEGORICAL, BERNOULLI = range(3)
+# How a pass of the actor ends
+DONE, STOPPED, BAD_OUTPUT, BAD_GRADIENT = range(4)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """
+    Not `fastmath=True`: NaN must stay NaN. Without a cache where numba finds no folder that it may write to.
+    """
+    options = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+    try:
+        return numba.njit(function, cache=True, **options)
+    except RuntimeError:
+        return numba.njit(function, **options)
+
+
+class Network(NamedTuple):
+    """
+    A network, its optimizer's state, and space for a minibatch.
+
+    :param parameters: Weight and bias of each layer, then the logarithms of the standard deviations if there are any (n,)
+    :param gradient: (n,)
+    :param exp_avg: Adam's first moments (n,)
+    :param exp_avg_sq: Adam's second moments (n,)
+    :param layers: (n_layers, 6)
+    :param spans: Where each trained parameter starts and ends (k, 2)
+    :param settings: Adam's for each of these (k, 6)
+    :param steps: Number of Adam's steps of each (k,)
+    :param rows: Inputs of a minibatch (batch_size, n_in)
+    :param outputs: Of all layers (batch_size * n_outputs,)
+    :param deltas: Derivatives of the loss by a layer's outputs, layers take turns (2, batch_size * largest n_out)
+    """
+
+    parameters: Array
+    gradient: Array
+    exp_avg: Array
+    exp_avg_sq: Array
+    layers: Array
+    spans: Array
+    settings: Array
+    steps: Array
+    rows: Array
+    outputs: Array
+    deltas: Array
+
+
+@compiled
+def weight(flat: Array, layer: Array) -> Array:
+    return flat[layer[WEIGHT] : layer[BIAS]].reshape(layer[N_OUT], layer[N_IN])
+
+
+@compiled
+def bias(flat: Array, layer: Array) -> Array:
+    return flat[layer[BIAS] : layer[BIAS] + layer[N_OUT]]
+
+
+@compiled
+def outputs(net: Network, i: int, B: int) -> Array:
+    """h_i, the outputs of layer i (n_out, B)."""
+    start, n_out = net.layers[i, OUTPUT] * B, net.layers[i, N_OUT]
+    return net.outputs[start : start + n_out * B].reshape(n_out, B)
+
+
+@compiled
+def deltas(net: Network, i: int, B: int) -> Array:
+    """d loss / d h_i, then d loss / d z_i (n_out, B)."""
+    n_out = net.layers[i, N_OUT]
+    return net.deltas[i % 2, : n_out * B].reshape(n_out, B)
+
+
+@compiled
+def gather(source: Array, index: Array, rows: Array) -> Array:
+    """Copy rows of `source` to the first rows of `rows`."""
+    for i in range(len(index)):
+        for j in range(source.shape[1]):
+            rows[i, j] = source[index[i], j]
+    return rows[: len(index)]
+
+
+@compiled
+def add_bias(z: Array, b: Array) -> None:
+    for i in range(z.shape[0]):
+        for j in range(z.shape[1]):
+            z[i, j] += b[i]
+
+
+@compiled
+def tanh(z: Array, b: Array) -> None:
+    """
+    z = tanh(z + b). For float32 the rational function of Eigen and XLA, which vectorises; its error is a few units in the last
+    place.
+    """
+    if z.itemsize != 4:
+        for i in range(z.shape[0]):
+            for j in range(z.shape[1]):
+                z[i, j] = math.tanh(z[i, j] + b[i])
+        return
+    f = z.dtype.type
+    largest = f(7.90531110763549805)
+    a1, a3, a5, a7 = f(4.89352455891786e-03), f(6.37261928875436e-04), f(1.48572235717979e-05), f(5.12229709037114e-08)
+    a9, a11, a13 = f(-8.60467152213735e-11), f(2.00018790482477e-13), f(-2.76076847742355e-16)
+    b0, b2, b4, b6 = f(4.89352518554385e-03), f(2.26843463243900e-03), f(1.18534705686654e-04), f(1.19825839466702e-06)
+    for i in range(z.shape[0]):
+        for j in range(z.shape[1]):
+            x = z[i, j] + b[i]
+            x = largest if x > largest else x
+            x = -largest if x < -largest else x
+            s = x * x
+            odd = x * (a1 + s * (a3 + s * (a5 + s * (a7 + s * (a9 + s * (a11 + s * a13))))))
+            z[i, j] = odd / (b0 + s * (b2 + s * (b4 + s * b6)))
+
+
+@compiled
+def relu(z: Array, b: Array) -> None:
+    """z = max(z + b, 0)."""
+    zero = z.dtype.type(0)
+    for i in range(z.shape[0]):
+        for j in range(z.shape[1]):
+            x = z[i, j] + b[i]
+            z[i, j] = zero if x < zero else x
+
+
+@compiled
+def times_slope(d: Array, h: Array, activation: int) -> None:
+    """d loss / d z = d loss / d h times the activation's derivative, which its output h determines."""
+    zero, one = d.dtype.type(0), d.dtype.type(1)
+    if activation == TANH:
+        for i in range(d.shape[0]):
+            for j in range(d.shape[1]):
+                d[i, j] *= one - h[i, j] * h[i, j]
+    elif activation == RELU:
+        for i in range(d.shape[0]):
+            for j in range(d.shape[1]):
+                d[i, j] = zero if h[i, j] <= zero else d[i, j]
+
+
+@compiled
+def forward(net: Network, x: Array) -> Array:
+    """
+    :param x: (B, n_in)
+    :return: The network's outputs (n_out, B)
+    """
+    B = len(x)
+    for i in range(len(net.layers)):
+        layer = net.layers[i]
+        W, b, z = weight(net.parameters, layer), bias(net.parameters, layer), outputs(net, i, B)
+        if i == 0:
+            np.dot(W, x.T, z)
+        else:
+            np.dot(W, outputs(net, i - 1, B), z)
+        if layer[ACTIVATION] == TANH:
+            tanh(z, b)
+        elif layer[ACTIVATION] == RELU:
+            relu(z, b)
+        else:
+            add_bias(z, b)
+    return outputs(net, len(net.layers) - 1, B)
+
+
+@compiled
+def backward(net: Network, x: Array) -> None:
+    """
+    The layers' part of the gradient, after `forward`, from the derivatives by the network's outputs in the last layer's deltas.
+
+    :param x: (B, n_in)
+    """
+    B = len(x)
+    for i in range(len(net.layers) - 1, -1, -1):
+        layer, d = net.layers[i], deltas(net, i, B)
+        db = bias(net.gradient, layer)
+        for k in range(len(db)):
+            total = d.dtype.type(0)
+            for j in range(B):
+                total += d[k, j]
+            db[k] = total
+        if i == 0:
+            np.dot(d, x, weight(net.gradient, layer))
+        else:
+            h, dh = outputs(net, i - 1, B), deltas(net, i - 1, B)
+            np.dot(d, h.T, weight(net.gradient, layer))
+            np.dot(weight(net.parameters, layer).T, d, dh)
+            times_slope(dh, h, net.layers[i - 1, ACTIVATION])
+
+
+@compiled
+def adam(net: Network, scale: float) -> None:
+    """A step of Adam, or of AdamW, along the gradient times `scale`."""
+    f = net.parameters.dtype.type
+    for k in range(len(net.spans)):
+        net.steps[k] += 1
+        lr, beta1, beta2 = net.settings[k, LR], net.settings[k, BETA1], net.settings[k, BETA2]
+        step_size, root = f(lr / (1 - beta1 ** net.steps[k])), f(math.sqrt(1 - beta2 ** net.steps[k]))
+        decay, eps, c1, c2, b2 = net.settings[k, WEIGHT_DECAY], f(net.settings[k, EPS]), f(1 - beta1), f(1 - beta2), f(beta2)
+        decoupled = net.settings[k, DECOUPLED] != 0
+        shrink, penalty, c = f(1 - lr * decay if decoupled else 1), f(0 if decoupled else decay), f(scale)
+        for i in range(net.spans[k, 0], net.spans[k, 1]):
+            p = net.parameters[i] * shrink
+            g = c * net.gradient[i] + penalty * p
+            m = net.exp_avg[i] + c1 * (g - net.exp_avg[i])
+            v = b2 * net.exp_avg_sq[i] + c2 * g * g
+            net.exp_avg[i], net.exp_avg_sq[i] = m, v
+            net.parameters[i] = p - step_size * m / (np.sqrt(v) / root + eps)
+
+
+@compiled
+def squared_error(values: Array, returns: Array, index: Array, d: Array) -> float:
+    """The mean of (V - R)^2 over a minibatch; its derivatives by V to `d`."""
+    loss, B = values.dtype.type(0), values.dtype.type(len(index))
+    for j in range(len(index)):
+        error = values[j] - returns[index[j]]
+        loss += error * error
+        d[j] = 2 * error / B
+    return loss / B
+
+
+@compiled
+def fit_critic(net: Network, x: Array, returns: Array, index: Array, starts: Array, losses: Array) -> None:
+    """
+    Steps of the critic's optimizer.
+
+    :param x: Features (n, n_in)
+    :param returns: (n,)
+    :param index: Rows of all minibatches
+    :param starts: Where each minibatch starts in `index`, and where the last one ends (n_steps + 1,)
+    :param losses: Of each minibatch, written (n_steps,)
+    """
+    last = len(net.layers) - 1
+    for k in range(len(losses)):
+        rows = index[starts[k] : starts[k + 1]]
+        x_k = gather(x, rows, net.rows)
+        values = forward(net, x_k)[0]
+        losses[k] = squared_error(values, returns, rows, deltas(net, last, len(rows))[0])
+        backward(net, x_k)
+        adam(net, 1.0)
+
+
+@compiled
+def values(net: Network, x: Array, out: Array) -> None:
+    """
+    :param x: Features (n, n_in)
+    :param out: V(s), written (n,)
+    """
+    step = len(net.rows)
+    for start in range(0, len(x), step):
+        part = x[start : start + step]
+        out[start : start + len(part)] = forward(net, part)[0]
+
+
+@compiled
+def gaussian(mean: Array, log_std: Array, actions: Array, log_prob: Array, entropy: Array) -> bool:
+    """Log-probabilities and entropies. Return whether all standard deviations are positive."""
+    f = mean.dtype.type
+    log_prob[:], entropy[:] = f(0), f(0)
+    for k in range(len(mean)):
+        std = np.exp(log_std[k])
+        variance, constant = std * std, log_std[k] + f(0.5 * math.log(2 * math.pi))
+        if not std > 0:
+            return False
+        for j in range(mean.shape[1]):
+            error = actions[j, k] - mean[k, j]
+            log_prob[j] -= error * error / (f(2) * variance) + constant
+            entropy[j] += f(0.5) + constant
+    return True
+
+
+@compiled
+def gaussian_gradient(
+    mean: Array, log_std: Array, actions: Array, by_log_prob: Array, by_entropy: float, d: Array, d_log_std: Array
+) -> None:
+    for k in range(len(mean)):
+        std = np.exp(log_std[k])
+        variance = std * std
+        total = mean.dtype.type(0)
+        for j in range(mean.shape[1]):
+            error = actions[j, k] - mean[k, j]
+            d[k, j] = by_log_prob[j] * error / variance
+            total += by_log_prob[j] * (error * error / variance - 1) + by_entropy
+        d_log_std[k] = total
+
+
+@compiled
+def categorical(logits: Array, actions: Array, log_prob: Array, entropy: Array) -> None:
+    """Add the log-probability and the entropy of one choice; the logits become the choices' log-probabilities."""
+    f = logits.dtype.type
+    for j in range(logits.shape[1]):
+        largest, total = logits[0, j], f(0)
+        for k in range(len(logits)):
+            largest = max(largest, logits[k, j])
+        for k in range(len(logits)):
+            total += np.exp(logits[k, j] - largest)
+        log_total = largest + np.log(total)
+        for k in range(len(logits)):
+            logits[k, j] -= log_total
+            p = np.exp(logits[k, j])
+            entropy[j] -= f(0) if p == 0 else p * logits[k, j]
+        is_choice = 0 <= actions[j] < len(logits)
+        log_prob[j] += logits[int(actions[j]), j] if is_choice else f(np.nan)
+
+
+@compiled
+def categorical_gradient(log_p: Array, actions: Array, by_log_prob: Array, by_entropy: float, d: Array) -> None:
+    f = log_p.dtype.type
+    for j in range(log_p.shape[1]):
+        entropy = f(0)
+        for k in range(len(log_p)):
+            p = np.exp(log_p[k, j])
+            d[k, j] = p
+            entropy -= f(0) if p == 0 else p * log_p[k, j]
+        for k in range(len(log_p)):
+            p = d[k, j]
+            chosen = f(1) if k == int(actions[j]) else f(0)
+            by_p = f(0) if p == 0 else by_entropy * p * (log_p[k, j] + entropy)
+            d[k, j] = by_log_prob[j] * (chosen - p) - by_p
+
+
+@compiled
+def bernoulli(logits: Array, actions: Array, log_prob: Array, entropy: Array) -> None:
+    log_prob[:], entropy[:] = 0, 0
+    for k in range(len(logits)):
+        for j in range(logits.shape[1]):
+            z = logits[k, j]
+            softplus = max(z, z * 0) + np.log1p(np.exp(-abs(z)))
+            p = 1 / (1 + np.exp(-z))
+            log_prob[j] += actions[j, k] * z - softplus
+            entropy[j] += softplus - p * z
+
+
+@compiled
+def bernoulli_gradient(logits: Array, actions: Array, by_log_prob: Array, by_entropy: float, d: Array) -> None:
+    for k in range(len(logits)):
+        for j in range(logits.shape[1]):
+            p = 1 / (1 + np.exp(-logits[k, j]))
+            d[k, j] = by_log_prob[j] * (actions[j, k] - p) - by_entropy * logits[k, j] * p * (1 - p)
+
+
+@compiled
+def evaluate(net: Network, kind: int, choices: Array, y: Array, actions: Array, log_prob: Array, entropy: Array) -> bool:
+    """
+    :param kind: Of the distribution
+    :param choices: How many each categorical action has
+    :param y: The network's outputs (n_out, B)
+    :param actions: (B, n_actions)
+    :param log_prob: log pi(a|s), written (B,)
+    :param entropy: Written (B,)
+    :return: Whether the outputs are parameters of a distribution
+    """
+    if kind == GAUSSIAN:
+        if not gaussian(y, net.parameters[-len(y) :], actions, log_prob, entropy):
+            return False
+    elif kind == BERNOULLI:
+        bernoulli(y, actions, log_prob, entropy)
+    else:
+        log_prob[:], entropy[:] = 0, 0
+        start = 0
+        for k in range(len(choices)):
+            categorical(y[start : start + choices[k]], actions[:, k], log_prob, entropy)
+            start += choices[k]
+    return not (np.isnan(log_prob).any() or np.isnan(entropy).any())
+
+
+@compiled
+def evaluate_gradient(
+    net: Network, kind: int, choices: Array, y: Array, actions: Array, by_log_prob: Array, by_entropy: float, d: Array
+) -> None:
+    """From derivatives of the loss by log-probabilities and by each entropy to those by outputs and standard deviations."""
+    if kind == GAUSSIAN:
+        n = len(y)
+        gaussian_gradient(y, net.parameters[-n:], actions, by_log_prob, by_entropy, d, net.gradient[-n:])
+    elif kind == BERNOULLI:
+        bernoulli_gradient(y, actions, by_log_prob, by_entropy, d)
+    else:
+        start = 0
+        for k in range(len(choices)):
+            part = slice(start, start + choices[k])
+            categorical_gradient(y[part], actions[:, k], by_log_prob, by_entropy, d[part])
+            start += choices[k]
+
+
+@compiled
+def log_probs(net: Network, kind: int, choices: Array, x: Array, actions: Array, out: Array) -> bool:
+    """
+    :param x: Features (n, n_in)
+    :param actions: (n, n_actions)
+    :param out: log pi(a|s), written (n,)
+    :return: Whether the outputs are parameters of a distribution
+    """
+    step, entropy = len(net.rows), np.empty(len(net.rows), x.dtype)
+    for start in range(0, len(x), step):
+        part = x[start : start + step]
+        end = start + len(part)
+        y = forward(net, part)
+        if not evaluate(net, kind, choices, y, actions[start:end], out[start:end], entropy[: len(part)]):
+            return False
+    return True
+
+
+@compiled
+def surrogate(log_prob: Array, old_log_prob: Array, W: Array, index: Array, clip_range: float, row: Array) -> None:
+    """
+    PPO's loss, minus the mean of min(rho W, clip(rho) W). Derivatives by the log-probabilities replace them; approximate KL
+    divergence, fraction of clipped ratios and the loss go to `row`.
+    """
+    f = log_prob.dtype.type
+    B, low, high = f(len(index)), f(1 - clip_range), f(1 + clip_range)
+    kl, n_clipped, loss = f(0), 0, f(0)
+    for j in range(len(index)):
+        w = W[index[j]]
+        log_ratio = log_prob[j] - old_log_prob[index[j]]
+        ratio = np.exp(log_ratio)
+        clipped = low if ratio < low else high if ratio > high else ratio
+        kl += ratio - 1 - log_ratio
+        n_clipped += abs(ratio - 1) > clip_range
+        is_active = ratio * w <= clipped * w
+        loss -= ratio * w if is_active else clipped * w
+        log_prob[j] = -(w if is_active else f(0)) / B * ratio
+    row[0], row[1], row[2] = kl / B, n_clipped / B, loss / B
+
+
+@compiled
+def gradient_norm(net: Network) -> float:
+    total = net.gradient.dtype.type(0)
+    for k in range(len(net.spans)):
+        for i in range(net.spans[k, 0], net.spans[k, 1]):
+            total += net.gradient[i] * net.gradient[i]
+    return np.sqrt(total)
+
+
+@compiled
+def improve_actor(
+    net: Network, kind: int, choices: Array, x: Array, actions: Array, old_log_prob: Array, W: Array, index: Array,
+    starts: Array, clip_range: float, ent_coef: float, max_grad_norm: float, kl_limit: float, stats: Array,
+) -> tuple[int, int]:  # fmt: skip
+    """
+    A pass of PPO's steps with W for advantages.
+
+    :param kl_limit: The pass ends before a step where the approximate KL divergence is above it
+    :param stats: KL divergence, fraction of clipped ratios, policy loss, entropy loss and loss, written (n_minibatches, 5)
+    :return: Over how many minibatches, and how it ended
+    """
+    f = x.dtype.type
+    batch_actions = np.empty((len(net.rows), actions.shape[1]), x.dtype)
+    log_prob_space, entropy_space = np.empty(len(net.rows), x.dtype), np.empty(len(net.rows), x.dtype)
+    for k in range(len(stats)):
+        rows, row = index[starts[k] : starts[k + 1]], stats[k]
+        B = len(rows)
+        x_k, a_k = gather(x, rows, net.rows), gather(actions, rows, batch_actions)
+        log_prob, entropy = log_prob_space[:B], entropy_space[:B]
+        y = forward(net, x_k)
+        if not evaluate(net, kind, choices, y, a_k, log_prob, entropy):
+            return k, BAD_OUTPUT
+        surrogate(log_prob, old_log_prob, W, rows, clip_range, row)
+        row[3] = -entropy.mean()
+        row[4] = row[2] + f(ent_coef) * row[3]
+        d = deltas(net, len(net.layers) - 1, B)
+        evaluate_gradient(net, kind, choices, y, a_k, log_prob, f(-ent_coef / B), d)
+        backward(net, x_k)
+        norm = gradient_norm(net)
+        if not np.isfinite(norm):
+            return k, BAD_GRADIENT
+        if row[0] > kl_limit:
+            return k + 1, STOPPED
+        adam(net, min(1.0, max_grad_norm / (norm + 1e-6)))
+    return len(stats), DONE

@@ -1,0 +1,352 @@
+"""
+Gradient steps compiled by numba, for SB3's own MLP policies on the CPU: whole passes in one call. The engine works on arrays of
+its own; the policy and its optimizers change when it writes them back.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401  whose BLAS numba's matrix products use
+import torch as th
+from stable_baselines3.common import distributions
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from threadpoolctl import ThreadpoolController
+from torch import nn
+from torch.nn.modules import module as modules
+from torch.optim import optimizer as optimizers
+
+from sb3_blpo.checks import finite
+from sb3_blpo.engines import kernels
+from sb3_blpo.engines.kernels import Network
+from sb3_blpo.engines.torch import ActorPass
+from sb3_blpo.rollout import Rollout, minibatches, size
+
+ACTIVATIONS: dict[type[nn.Module], int] = {nn.Tanh: kernels.TANH, nn.ReLU: kernels.RELU}
+DISTRIBUTIONS: dict[type[distributions.Distribution], int] = {
+    distributions.DiagGaussianDistribution: kernels.GAUSSIAN,
+    distributions.CategoricalDistribution: kernels.CATEGORICAL,
+    distributions.MultiCategoricalDistribution: kernels.CATEGORICAL,
+    distributions.BernoulliDistribution: kernels.BERNOULLI,
+}
+#: What of the policy the kernels stand for
+METHODS = (
+    "forward", "evaluate_actions", "get_distribution", "predict_values", "extract_features", "obs_to_tensor",
+    "_get_action_dist_from_latent", "set_training_mode", "train",
+)  # fmt: skip
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = [
+    *(getattr(modules, f"_global{name}") for name in HOOKS),
+    optimizers._global_optimizer_pre_hooks,
+    optimizers._global_optimizer_post_hooks,
+]
+STATS = ("approx_kl", "clip_fraction", "policy_gradient_loss", "entropy_loss", "loss")
+
+
+def serves(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer) -> str | None:
+    """
+    Look at policy and optimizers as they are.
+
+    :param policy: The policy; its optimizer is the actor's
+    :param critic_optimizer: The critic's
+    :return: Why the compiled engine cannot train them, or ``None``: it can
+    """
+    if any(GLOBAL_HOOKS) or th.is_autocast_enabled("cpu"):
+        return "torch has global hooks or casts automatically"
+    for name in METHODS:
+        if getattr(getattr(policy, name), "__func__", None) is not getattr(ActorCriticPolicy, name):
+            return f"the policy has a `{name}` of its own"
+    if type(policy.action_dist) not in DISTRIBUTIONS:
+        return f"its action distribution is a {type(policy.action_dist).__name__}"
+    if policy.observation_space.shape is None or len(policy.observation_space.shape) >= 3:
+        return "observations are images or dictionaries"
+    for module in list(policy.modules())[1:]:
+        if type(module) not in (FlattenExtractor, MlpExtractor, nn.Flatten, nn.Sequential, nn.Linear, *ACTIVATIONS):
+            return f"there is a {type(module).__name__} in the policy"
+        if any(callable(value) for name, value in vars(module).items() if hasattr(type(module), name)):
+            return f"a method of a {type(module).__name__} was replaced"
+    if any(getattr(module, name) for module in policy.modules() for name in HOOKS):
+        return "there are hooks on the policy's modules"
+    nets = [_modules(policy, which) for which in ("actor", "critic")]
+    if not all(isinstance(net[0], nn.Linear) and isinstance(net[-1], nn.Linear) for net in nets):
+        return "a network does not begin and end with a Linear layer"
+    if len({id(module) for net in nets for module in net}) < sum(map(len, nets)):
+        return "a layer is used twice"
+    known: list[th.Tensor] = []
+    for which, optimizer in (("actor", policy.optimizer), ("critic", critic_optimizer)):
+        parameters = _parameters(policy, which)
+        known += parameters
+        reason = _optimizer_is_other(optimizer, {id(parameter) for parameter in parameters})
+        if reason is not None:
+            return reason
+    if len({id(parameter) for parameter in known}) < len(known) or {*map(id, policy.parameters())} != {*map(id, known)}:
+        return "parameters are shared, missing or more than SB3's"
+    for parameter in known:
+        if type(parameter) is not nn.Parameter or parameter.dtype != th.float32 or parameter.device.type != "cpu":
+            return f"a parameter is {parameter.dtype} on {parameter.device}"
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return "there are hooks on parameters"
+    return None
+
+
+def _optimizer_is_other(optimizer: th.optim.Optimizer, parameters: set[int]) -> str | None:
+    """Why an optimizer is not the kernels' Adam for these parameters."""
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+        return f"an optimizer is {type(optimizer).__name__}"
+    if "step" in vars(optimizer) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "an optimizer has hooks, or a learning rate scheduler of torch's"
+    for group in optimizer.param_groups:
+        if any(group.get(flag) for flag in ("amsgrad", "maximize", "capturable", "differentiable")):
+            return "an optimizer is set to amsgrad, maximize, capturable or differentiable"
+        if any(isinstance(x, th.Tensor) for x in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])):
+            return "an optimizer has tensors for settings"
+        if not {*map(id, group["params"])} <= parameters:
+            return "an optimizer has parameters of other networks"
+    for state in optimizer.state.values():
+        if {*state} - {"step", "exp_avg", "exp_avg_sq"} or any(x.dtype != th.float32 for x in state.values()):
+            return "an optimizer's state is another than Adam's in float32"
+    return None
+
+
+def _modules(policy: ActorCriticPolicy, which: str) -> list[nn.Module]:
+    """Layers and activations of the actor or the critic, in order."""
+    extractor: Any = policy.mlp_extractor
+    if which == "actor":
+        return [*extractor.policy_net, policy.action_net]
+    return [*extractor.value_net, policy.value_net]
+
+
+def _parameters(policy: ActorCriticPolicy, which: str) -> list[Any]:
+    """Parameters of the actor or the critic in the kernels' order."""
+    layers = [module for module in _modules(policy, which) if isinstance(module, nn.Linear)]
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias) if parameter is not None]
+    if which == "actor" and isinstance(policy.action_dist, distributions.DiagGaussianDistribution):
+        parameters.append(policy.log_std)
+    return parameters
+
+
+class FlatNetwork:
+    """
+    The actor or the critic and its optimizer as flat arrays.
+
+    :param layers: Linear layers and activations, in order
+    :param parameters: The layers', then others
+    :param optimizer: Its optimizer
+    :param batch_size: Rows at a time
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], parameters: Sequence[th.Tensor], optimizer: th.optim.Optimizer, batch_size: int
+    ) -> None:
+        self.parameters, self.optimizer = parameters, optimizer
+        ends = np.cumsum([parameter.numel() for parameter in parameters])
+        self.spans = {id(p): slice(end - p.numel(), end) for p, end in zip(parameters, ends.tolist(), strict=True)}
+        flat = th.cat([parameter.detach().flatten() for parameter in parameters]).numpy()
+        exp_avg, exp_avg_sq = np.zeros_like(flat), np.zeros_like(flat)
+        self.trained: list[Any] = []
+        settings, steps = [], []
+        for group in optimizer.param_groups:
+            row = [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
+            row.append(group.get("decoupled_weight_decay", type(optimizer) is th.optim.AdamW))
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
+                self.trained.append(parameter)
+                settings.append(row)
+                state = optimizer.state.get(parameter) or {}
+                steps.append(float(state.get("step", 0)))
+                if state:
+                    exp_avg[self.spans[id(parameter)]] = state["exp_avg"].flatten().numpy()
+                    exp_avg_sq[self.spans[id(parameter)]] = state["exp_avg_sq"].flatten().numpy()
+        table = _table(layers)
+        n_out = table[:, kernels.N_OUT]
+        spans = [(span.start, span.stop) for span in (self.spans[id(parameter)] for parameter in self.trained)]
+        self.arrays = Network(
+            parameters=flat, gradient=np.zeros_like(flat), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, layers=table,
+            spans=np.array(spans, np.int64).reshape(-1, 2), settings=np.array(settings, np.float64).reshape(-1, 6),
+            steps=np.array(steps, np.float64), rows=np.empty((batch_size, table[0, kernels.N_IN]), flat.dtype),
+            outputs=np.empty(batch_size * n_out.sum(), flat.dtype), deltas=np.empty((2, batch_size * n_out.max()), flat.dtype),
+        )  # fmt: skip
+
+    @th.no_grad()
+    def write_back(self) -> None:
+        """Let module and optimizer be what the arrays say."""
+        for i, parameter in enumerate(self.trained):
+            span = self.spans[id(parameter)]
+            if self.arrays.steps[i] == 0:
+                continue
+            parameter.copy_(_like(parameter, self.arrays.parameters[span]))
+            state = self.optimizer.state[parameter]
+            if not state:
+                state["step"] = th.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = th.zeros_like(parameter), th.zeros_like(parameter)
+            state["step"].fill_(self.arrays.steps[i])
+            state["exp_avg"].copy_(_like(parameter, self.arrays.exp_avg[span]))
+            state["exp_avg_sq"].copy_(_like(parameter, self.arrays.exp_avg_sq[span]))
+
+
+def _like(parameter: th.Tensor, array: np.ndarray) -> th.Tensor:
+    return th.from_numpy(array).view(parameter.shape)
+
+
+def _table(layers: Sequence[nn.Module]) -> np.ndarray:
+    """The kernels' table of a network's layers."""
+    rows: list[list[int]] = []
+    n_parameters = n_outputs = 0
+    for module in layers:
+        if isinstance(module, nn.Linear):
+            n_weights = module.weight.numel()
+            row = [module.in_features, module.out_features, n_parameters, n_parameters + n_weights, n_outputs, kernels.IDENTITY]
+            rows.append(row)
+            n_parameters += n_weights + module.out_features
+            n_outputs += module.out_features
+        else:
+            rows[-1][kernels.ACTIVATION] = ACTIVATIONS[type(module)]
+    return np.array(rows, np.int64)
+
+
+class NumbaEngine:
+    """
+    The same as :class:`sb3_blpo.engines.TorchEngine`, for the same minibatches.
+
+    :param policy: A policy that :func:`serves` allows; its optimizer is the actor's
+    :param critic_optimizer: The critic's
+    :param batch_size: Transitions in a minibatch
+    :param clip_range: PPO's clipping parameter
+    :param ent_coef: Entropy coefficient
+    :param max_grad_norm: The maximum norm of the actor's gradient
+    :param target_kl: Limit of the KL divergence between updates, or ``None``
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        critic_optimizer: th.optim.Optimizer,
+        *,
+        batch_size: int,
+        clip_range: float,
+        ent_coef: float,
+        max_grad_norm: float,
+        target_kl: float | None,
+    ) -> None:
+        self.policy = policy
+        self.batch_size = batch_size
+        self.clip_range, self.ent_coef = clip_range, ent_coef
+        self.max_grad_norm, self.target_kl = max_grad_norm, target_kl
+        self.actor, self.critic = (
+            FlatNetwork(_modules(policy, which), _parameters(policy, which), optimizer, batch_size)
+            for which, optimizer in (("actor", policy.optimizer), ("critic", critic_optimizer))
+        )
+        self.kind = DISTRIBUTIONS[type(policy.action_dist)]
+        n_out = self.actor.arrays.layers[-1, kernels.N_OUT]
+        self.choices = np.array(getattr(policy.action_dist, "action_dims", [n_out]), np.int64)
+
+    def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_steps: int) -> th.Tensor:
+        """
+        The follower: steps on the mean squared error of random minibatches.
+
+        :param observations: (n, ...)
+        :param returns: The critic's targets (n,)
+        :param n_steps: How many steps
+        :return: The loss before each of them (n_steps,)
+        """
+        index, starts = self._minibatches(size(observations), n_steps)
+        losses = np.empty(n_steps, np.float32)
+        with one_blas_thread():
+            kernels.fit_critic(self.critic.arrays, self._features(observations), returns.numpy(), index, starts, losses)
+        return finite("critic's loss", th.from_numpy(losses))
+
+    def values(self, observations: PyTorchObs) -> th.Tensor:
+        """
+        :param observations: (n, ...)
+        :return: Their values (n,)
+        """
+        values = np.empty(size(observations), np.float32)
+        with one_blas_thread():
+            kernels.values(self.critic.arrays, self._features(observations), values)
+        return finite("critic's value", th.from_numpy(values))
+
+    def log_prob(self, rollout: Rollout) -> th.Tensor:
+        """
+        :param rollout: The rollout
+        :return: log pi(a_t|s_t) (N,)
+        """
+        x, actions = self._features(rollout.states), self._actions(rollout)
+        log_prob = np.empty(len(rollout), np.float32)
+        with one_blas_thread():
+            is_distribution = kernels.log_probs(self.actor.arrays, self.kind, self.choices, x, actions, log_prob)
+        if not is_distribution:
+            raise FloatingPointError("actor's output")
+        return th.from_numpy(log_prob)
+
+    def improve_actor(self, rollout: Rollout, weights: th.Tensor) -> ActorPass:
+        """
+        The leader: one pass of PPO's steps with these weights for advantages, unless ``target_kl`` ends it.
+
+        :param rollout: The rollout
+        :param weights: W (N,)
+        :return: What happened
+        :raises FloatingPointError: Before a step along a gradient that is not finite
+        """
+        index, starts = self._minibatches(len(rollout))
+        table = np.empty((len(starts) - 1, len(STATS)), np.float32)
+        kl_limit = np.inf if self.target_kl is None else 1.5 * self.target_kl
+        with one_blas_thread():
+            n, end = kernels.improve_actor(
+                self.actor.arrays, self.kind, self.choices, self._features(rollout.states), self._actions(rollout),
+                rollout.old_log_prob.numpy(), weights.numpy(), index, starts, self.clip_range, float(self.ent_coef),
+                float(self.max_grad_norm), float(kl_limit), table,
+            )  # fmt: skip
+        if end in (kernels.BAD_OUTPUT, kernels.BAD_GRADIENT):
+            raise FloatingPointError("actor's output" if end == kernels.BAD_OUTPUT else "actor's gradient")
+        stats = dict(zip(STATS, table[:n].mean(axis=0).tolist(), strict=True)) | {"loss": float(table[n - 1, -1])}
+        return ActorPass(stats, end == kernels.STOPPED)
+
+    def write_back(self) -> None:
+        """Let the policy and both optimizers be what was computed."""
+        self.actor.write_back()
+        self.critic.write_back()
+
+    def _minibatches(self, n: int, n_minibatches: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """All minibatches' rows in one, and where each starts; drawn as torch's engine draws them."""
+        parts = list(minibatches(n, self.batch_size, n_minibatches))
+        return th.cat(parts).numpy(), np.cumsum([0, *map(len, parts)])
+
+    def _features(self, observations: PyTorchObs) -> np.ndarray:
+        space, normalize_images = self.policy.observation_space, self.policy.normalize_images
+        features: Any = preprocess_obs(observations, space, normalize_images=normalize_images)
+        return np.ascontiguousarray(features.flatten(1).numpy())
+
+    @staticmethod
+    def _actions(rollout: Rollout) -> np.ndarray:
+        return np.ascontiguousarray(rollout.actions.float().view(len(rollout), -1).numpy())
+
+
+_lock = threading.Lock()
+_controller: ThreadpoolController | None = None
+_limiter: Any = None
+_n_users = 0
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """More threads only wait for each other over small matrices. The last of several users puts their number back."""
+    global _controller, _limiter, _n_users
+    with _lock:
+        if _controller is None:
+            _controller = ThreadpoolController()
+        if _n_users == 0:
+            _limiter = _controller.limit(limits=1, user_api="blas")
+        _n_users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _n_users -= 1
+            if _n_users == 0:
+                _limiter.restore_original_limits()
