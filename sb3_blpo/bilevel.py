@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_finite, finite, scheduled
-from sb3_blpo.engines import ActorPass, TorchEngine
+from sb3_blpo.engines import ActorPass, Engine, make_engine
 from sb3_blpo.ihvp import make_solver
 from sb3_blpo.jacobian import make_jacobian
 from sb3_blpo.policies import check_optimizers, separate, set_learning_rate
@@ -70,7 +70,10 @@ class Bilevel(OnPolicyAlgorithm):
     curvature: str
     max_correction_ratio: float | None
     target_kl: float | None
+    engine: str
 
+    #: Which engine the latest update ran on, "numba" or "torch", and why
+    engine_in_use: str | None = None
     critic_optimizer: th.optim.Optimizer
     #: States and returns of the latest rollouts before this one, the oldest first
     _former_rollouts: list[tuple[PyTorchObs, th.Tensor]]
@@ -172,6 +175,7 @@ class Bilevel(OnPolicyAlgorithm):
                     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
                 # How the critic's best response to the actor would move its values, and with them the advantages
                 if epoch % (self.ihvp_interval or self.n_epochs) == 0:
+                    engine.write_back()  # for the critic's Jacobian
                     response = self._best_response(rollout, engine, values, finite("advantages", advantages))
                 correction = correct(advantages, response, self.max_correction_ratio)
                 # Leader: PPO's steps on the corrected advantages
@@ -181,6 +185,7 @@ class Bilevel(OnPolicyAlgorithm):
                     if self.verbose >= 1:
                         print(f"Early stopping at epoch {epoch}: the KL divergence is above 1.5 * {self.target_kl}")
                     break
+            engine.write_back()
             self._check_networks(buffers)
         self._n_updates += len(epochs)
         self._former_rollouts = latest[1:] if len(latest) == self._n_critic_rollouts else latest
@@ -203,7 +208,7 @@ class Bilevel(OnPolicyAlgorithm):
             )
         return Rollout.of(buffer, self._last_obs, self._last_episode_starts, self._truncations, self.device)
 
-    def _engine(self) -> TorchEngine:
+    def _engine(self) -> Engine:
         """Set both optimizers' rates, log them, and hand the networks to an engine."""
         if (self.learning_rate, self.critic_learning_rate) != self._scheduled_rates:  # assigned since
             self._setup_lr_schedule()
@@ -216,7 +221,8 @@ class Bilevel(OnPolicyAlgorithm):
         set_learning_rate(self.critic_optimizer, critic_learning_rate)
         self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/critic_learning_rate", critic_learning_rate)
-        return TorchEngine(
+        engine, in_use = make_engine(
+            self.engine,
             self.policy,
             self.critic_optimizer,
             batch_size=self.batch_size,
@@ -225,9 +231,14 @@ class Bilevel(OnPolicyAlgorithm):
             max_grad_norm=self.max_grad_norm,
             target_kl=self.target_kl,
         )
+        if self.verbose >= 1 and in_use != self.engine_in_use:
+            compiles = "; where its compilation is not in numba's cache yet, that takes about 20 seconds"
+            print(f"Using engine {in_use}{compiles * (in_use == 'numba')}")
+        self.engine_in_use = in_use
+        return engine
 
     def _best_response(
-        self, rollout: Rollout, engine: TorchEngine, values: th.Tensor, advantages: th.Tensor
+        self, rollout: Rollout, engine: Engine, values: th.Tensor, advantages: th.Tensor
     ) -> Response | None:
         settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
         damping = settings.pop("damping")

@@ -83,6 +83,8 @@ class BLPO(Bilevel):
     :param curvature: "gauss_newton" (positive semi-definite, the default) or "hessian" (exact, in general indefinite)
     :param max_correction_ratio: Largest norm of the correction relative to that of the advantages, >= 0; ``None``: no cap, and
         the advantages keep the length that the correction gives them
+    :param engine: What computes the gradient steps: "numba" (compiled, for SB3's own MLP policies on the CPU with Adam or
+        AdamW), "torch" (autograd, for every policy) or "auto" (numba's where it serves). ``engine_in_use`` says which one it is
     :raises ValueError: If an argument is of the wrong type or out of range, or if actor and critic share a parameter
     """
 
@@ -128,6 +130,7 @@ class BLPO(Bilevel):
         ihvp_interval: int | None = None,
         curvature: str = "gauss_newton",
         max_correction_ratio: float | None = 1.0,
+        engine: str = "auto",
     ):
         super().__init__(
             policy,
@@ -172,6 +175,7 @@ class BLPO(Bilevel):
         self.ihvp_interval = ihvp_interval
         self.curvature = curvature
         self.max_correction_ratio = max_correction_ratio
+        self.engine = engine
 
         if _init_setup_model:
             self._setup_model()
@@ -273,4 +277,4 @@ class BLPO(Bilevel):
         return [*state_dicts, "critic_optimizer"], tensors
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_former_rollouts", "_truncations", "_before_noise"]
+        return [*super()._excluded_save_params(), "_former_rollouts", "_truncations", "_before_noise", "engine_in_use"]

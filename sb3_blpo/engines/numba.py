@@ -35,10 +35,7 @@ DISTRIBUTIONS: dict[type[distributions.Distribution], int] = {
     distributions.BernoulliDistribution: kernels.BERNOULLI,
 }
 #: What of the policy the kernels stand for
-METHODS = (
-    "forward", "evaluate_actions", "get_distribution", "predict_values", "extract_features", "obs_to_tensor",
-    "_get_action_dist_from_latent", "set_training_mode", "train",
-)  # fmt: skip
+METHODS = ("evaluate_actions", "get_distribution", "predict_values", "_get_action_dist_from_latent", "set_training_mode", "train")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [
     *(getattr(modules, f"_global{name}") for name in HOOKS),
@@ -65,27 +62,27 @@ def serves(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer) -> s
         return f"its action distribution is a {type(policy.action_dist).__name__}"
     if policy.observation_space.shape is None or len(policy.observation_space.shape) >= 3:
         return "observations are images or dictionaries"
-    for module in list(policy.modules())[1:]:
-        if type(module) not in (FlattenExtractor, MlpExtractor, nn.Flatten, nn.Sequential, nn.Linear, *ACTIVATIONS):
-            return f"there is a {type(module).__name__} in the policy"
-        if any(callable(value) for name, value in vars(module).items() if hasattr(type(module), name)):
-            return f"a method of a {type(module).__name__} was replaced"
+    for part in (policy.action_dist, *policy.children(), *policy.mlp_extractor.modules()):
+        if any(callable(value) for name, value in vars(part).items() if hasattr(type(part), name)):
+            return f"a method of a {type(part).__name__} was replaced"
     if any(getattr(module, name) for module in policy.modules() for name in HOOKS):
         return "there are hooks on the policy's modules"
-    nets = [_modules(policy, which) for which in ("actor", "critic")]
-    if not all(isinstance(net[0], nn.Linear) and isinstance(net[-1], nn.Linear) for net in nets):
-        return "a network does not begin and end with a Linear layer"
-    if len({id(module) for net in nets for module in net}) < sum(map(len, nets)):
-        return "a layer is used twice"
+    if type(policy.mlp_extractor) is not MlpExtractor:
+        return f"there is a {type(policy.mlp_extractor).__name__} in the policy"
+    for module in (policy.pi_features_extractor, policy.vf_features_extractor):
+        if type(module) is not FlattenExtractor:
+            return f"there is a {type(module).__name__} in the policy"
     known: list[th.Tensor] = []
     for which, optimizer in (("actor", policy.optimizer), ("critic", critic_optimizer)):
-        parameters = _parameters(policy, which)
-        known += parameters
-        reason = _optimizer_is_other(optimizer, {id(parameter) for parameter in parameters})
+        reason = _is_no_mlp(_modules(policy, which))
+        if reason is None:
+            parameters = _parameters(policy, which)
+            known += parameters
+            reason = _is_other_optimizer(optimizer, {id(parameter) for parameter in parameters})
         if reason is not None:
             return reason
-    if len({id(parameter) for parameter in known}) < len(known) or {*map(id, policy.parameters())} != {*map(id, known)}:
-        return "parameters are shared, missing or more than SB3's"
+    if len({*map(id, known)}) < len(known) or {*map(id, policy.parameters())} != {*map(id, known)}:
+        return "parameters are used twice or are more than SB3's"
     for parameter in known:
         if type(parameter) is not nn.Parameter or parameter.dtype != th.float32 or parameter.device.type != "cpu":
             return f"a parameter is {parameter.dtype} on {parameter.device}"
@@ -94,7 +91,21 @@ def serves(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer) -> s
     return None
 
 
-def _optimizer_is_other(optimizer: th.optim.Optimizer, parameters: set[int]) -> str | None:
+def _is_no_mlp(layers: list[nn.Module]) -> str | None:
+    """Why layers are not Linear ones, each but the last one with at most one activation after it."""
+    after_linear = False
+    for module in layers:
+        if type(module) is not nn.Linear and type(module) not in ACTIVATIONS:
+            return f"there is a {type(module).__name__} in the policy"
+        if type(module) is nn.Linear and module.bias is None:
+            return "a layer has no bias"
+        if type(module) in ACTIVATIONS and not after_linear:
+            return "an activation does not follow a Linear layer"
+        after_linear = type(module) is nn.Linear
+    return None if after_linear else "a network does not end in a Linear layer"
+
+
+def _is_other_optimizer(optimizer: th.optim.Optimizer, parameters: set[int]) -> str | None:
     """Why an optimizer is not the kernels' Adam for these parameters."""
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
         return f"an optimizer is {type(optimizer).__name__}"
@@ -108,17 +119,16 @@ def _optimizer_is_other(optimizer: th.optim.Optimizer, parameters: set[int]) -> 
         if not {*map(id, group["params"])} <= parameters:
             return "an optimizer has parameters of other networks"
     for state in optimizer.state.values():
-        if {*state} - {"step", "exp_avg", "exp_avg_sq"} or any(x.dtype != th.float32 for x in state.values()):
+        if {*state} - {"step", "exp_avg", "exp_avg_sq"} or any(getattr(x, "dtype", None) != th.float32 for x in state.values()):
             return "an optimizer's state is another than Adam's in float32"
     return None
 
 
 def _modules(policy: ActorCriticPolicy, which: str) -> list[nn.Module]:
     """Layers and activations of the actor or the critic, in order."""
-    extractor: Any = policy.mlp_extractor
-    if which == "actor":
-        return [*extractor.policy_net, policy.action_net]
-    return [*extractor.value_net, policy.value_net]
+    extractor = policy.mlp_extractor
+    hidden, last = (extractor.policy_net, policy.action_net) if which == "actor" else (extractor.value_net, policy.value_net)
+    return [*(hidden if type(hidden) is nn.Sequential else [hidden]), last]
 
 
 def _parameters(policy: ActorCriticPolicy, which: str) -> list[Any]:
@@ -258,7 +268,7 @@ class NumbaEngine:
         index, starts = self._minibatches(size(observations), n_steps)
         losses = np.empty(n_steps, np.float32)
         with one_blas_thread():
-            kernels.fit_critic(self.critic.arrays, self._features(observations), returns.numpy(), index, starts, losses)
+            kernels.fit_critic(self.critic.arrays, self._features(observations), returns.float().numpy(), index, starts, losses)
         return finite("critic's loss", th.from_numpy(losses))
 
     def values(self, observations: PyTorchObs) -> th.Tensor:
@@ -299,7 +309,7 @@ class NumbaEngine:
         with one_blas_thread():
             n, end = kernels.improve_actor(
                 self.actor.arrays, self.kind, self.choices, self._features(rollout.states), self._actions(rollout),
-                rollout.old_log_prob.numpy(), weights.numpy(), index, starts, self.clip_range, float(self.ent_coef),
+                rollout.old_log_prob.float().numpy(), weights.float().numpy(), index, starts, self.clip_range, float(self.ent_coef),
                 float(self.max_grad_norm), float(kl_limit), table,
             )  # fmt: skip
         if end in (kernels.BAD_OUTPUT, kernels.BAD_GRADIENT):

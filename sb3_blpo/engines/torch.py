@@ -146,6 +146,9 @@ class TorchEngine:
         stats = dict(zip(rows[0], table.mean(dim=0).tolist(), strict=True)) | {"loss": float(table[-1, -1])}
         return ActorPass(stats, stopped)
 
+    def write_back(self) -> None:
+        """Nothing to do: each step changed the policy and its optimizers."""
+
     def _evaluate(self, rollout: Rollout, index: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
         """Log-probabilities of actions and entropies, by what PPO trains."""
         observations: Any = take(rollout.observations, index)
