@@ -18,10 +18,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_finite, finite, scheduled
 from sb3_blpo.engines import ActorPass, Engine, make_engine
 from sb3_blpo.ihvp import make_solver
-from sb3_blpo.jacobian import make_jacobian
 from sb3_blpo.policies import check_optimizers, separate, set_learning_rate
 from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_weights
-from sb3_blpo.rollout import Rollout, Truncation, joined, take
+from sb3_blpo.rollout import Rollout, Truncation, joined
 
 IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "values", "max_iter": 50, "tol": 1e-5}
 #: The critic's learning rate in units of the actor's, the ratio of the paper's settings
@@ -175,7 +174,6 @@ class Bilevel(OnPolicyAlgorithm):
                     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
                 # How the critic's best response to the actor would move its values, and with them the advantages
                 if epoch % (self.ihvp_interval or self.n_epochs) == 0:
-                    engine.write_back()  # for the critic's Jacobian
                     response = self._best_response(rollout, engine, values, finite("advantages", advantages))
                 correction = correct(advantages, response, self.max_correction_ratio)
                 # Leader: PPO's steps on the corrected advantages
@@ -250,11 +248,7 @@ class Bilevel(OnPolicyAlgorithm):
         generator = th.Generator().manual_seed(self.num_timesteps)
         ratio = (engine.log_prob(rollout) - rollout.old_log_prob).exp()
         weights = surrogate_weights(ratio, advantages, engine.clip_range)
-        observations = rollout.observations
-        jacobian = make_jacobian(
-            self.policy, generator, lambda index: take(observations, index), len(values), len(rollout), parameters,
-            self.batch_size,
-        )  # fmt: skip
+        jacobian = engine.jacobian(rollout, parameters, generator)
         return best_response(rollout, jacobian, weights, values, solver, damping, self.curvature, generator)
 
     @contextlib.contextmanager

@@ -77,10 +77,10 @@ def bias(flat: Array, layer: Array) -> Array:
 
 
 @compiled
-def outputs(net: Network, i: int, B: int) -> Array:
-    """h_i, the outputs of layer i (n_out, B)."""
-    start, n_out = net.layers[i, OUTPUT] * B, net.layers[i, N_OUT]
-    return net.outputs[start : start + n_out * B].reshape(n_out, B)
+def outputs(flat: Array, layer: Array, B: int) -> Array:
+    """A layer's part of `Network.outputs`, or of an array like it (n_out, B)."""
+    start, n_out = layer[OUTPUT] * B, layer[N_OUT]
+    return flat[start : start + n_out * B].reshape(n_out, B)
 
 
 @compiled
@@ -165,18 +165,18 @@ def forward(net: Network, x: Array) -> Array:
     B = len(x)
     for i in range(len(net.layers)):
         layer = net.layers[i]
-        W, b, z = weight(net.parameters, layer), bias(net.parameters, layer), outputs(net, i, B)
+        W, b, z = weight(net.parameters, layer), bias(net.parameters, layer), outputs(net.outputs, layer, B)
         if i == 0:
             np.dot(W, x.T, z)
         else:
-            np.dot(W, outputs(net, i - 1, B), z)
+            np.dot(W, outputs(net.outputs, net.layers[i - 1], B), z)
         if layer[ACTIVATION] == TANH:
             tanh(z, b)
         elif layer[ACTIVATION] == RELU:
             relu(z, b)
         else:
             add_bias(z, b)
-    return outputs(net, len(net.layers) - 1, B)
+    return outputs(net.outputs, net.layers[-1], B)
 
 
 @compiled
@@ -198,7 +198,7 @@ def backward(net: Network, x: Array) -> None:
         if i == 0:
             np.dot(d, x, weight(net.gradient, layer))
         else:
-            h, dh = outputs(net, i - 1, B), deltas(net, i - 1, B)
+            h, dh = outputs(net.outputs, net.layers[i - 1], B), deltas(net, i - 1, B)
             np.dot(d, h.T, weight(net.gradient, layer))
             np.dot(weight(net.parameters, layer).T, d, dh)
             times_slope(dh, h, net.layers[i - 1, ACTIVATION])
@@ -266,6 +266,31 @@ def values(net: Network, x: Array, out: Array) -> None:
     for start in range(0, len(x), step):
         part = x[start : start + step]
         out[start : start + len(part)] = forward(net, part)[0]
+
+
+@compiled
+def signals(net: Network, x: Array, flat: Array) -> None:
+    """
+    After `forward`: derivatives of each value by each layer's W h + b.
+
+    :param flat: Laid out as the network's outputs, written
+    """
+    B = len(x)
+    outputs(flat, net.layers[-1], B)[:] = 1
+    for i in range(len(net.layers) - 2, -1, -1):
+        layer, after = net.layers[i], net.layers[i + 1]
+        d = outputs(flat, layer, B)
+        np.dot(weight(net.parameters, after).T, outputs(flat, after, B), d)
+        times_slope(d, outputs(net.outputs, layer, B), layer[ACTIVATION])
+
+
+@compiled
+def layer_rows(net: Network, x: Array, flat: Array) -> None:
+    """
+    Outputs of all layers, kept in the network, and what `signals` makes of them.
+    """
+    forward(net, x)
+    signals(net, x, flat)
 
 
 @compiled

@@ -24,8 +24,9 @@ from torch.optim import optimizer as optimizers
 from sb3_blpo.checks import finite
 from sb3_blpo.engines import kernels
 from sb3_blpo.engines.kernels import Network
-from sb3_blpo.engines.torch import ActorPass
-from sb3_blpo.rollout import Rollout, minibatches, size
+from sb3_blpo.engines.torch import ActorPass, TorchEngine
+from sb3_blpo.jacobian import AllLayers, Jacobian, LayerJacobian, LinearRows, Values
+from sb3_blpo.rollout import Rollout, minibatches, size, take
 
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.Tanh: kernels.TANH, nn.ReLU: kernels.RELU}
 DISTRIBUTIONS: dict[type[distributions.Distribution], int] = {
@@ -317,6 +318,18 @@ class NumbaEngine:
         stats = dict(zip(STATS, table[:n].mean(axis=0).tolist(), strict=True)) | {"loss": float(table[n - 1, -1])}
         return ActorPass(stats, end == kernels.STOPPED)
 
+    def jacobian(self, rollout: Rollout, parameters: list[nn.Parameter], generator: th.Generator) -> Jacobian:
+        """
+        :param rollout: The rollout
+        :param parameters: The critic's trainable parameters
+        :param generator: Source of what it draws
+        :return: The critic's Jacobian at the rollout's observations
+        """
+        if [*map(id, parameters)] != [*map(id, self.critic.parameters)]:  # some are frozen, or in another order
+            self.critic.write_back()
+            return TorchEngine.jacobian(self, rollout, parameters, generator)  # type: ignore[arg-type]
+        return MlpJacobian(self, rollout)
+
     def write_back(self) -> None:
         """Let the policy and both optimizers be what was computed."""
         self.actor.write_back()
@@ -335,6 +348,46 @@ class NumbaEngine:
     @staticmethod
     def _actions(rollout: Rollout) -> np.ndarray:
         return np.ascontiguousarray(rollout.actions.float().view(len(rollout), -1).numpy())
+
+
+class MlpJacobian(LayerJacobian):
+    """
+    The same as :class:`LayerJacobian`, with the rows of all observations from one compiled call.
+
+    :param engine: The engine
+    :param rollout: The rollout
+    """
+
+    def __init__(self, engine: NumbaEngine, rollout: Rollout) -> None:
+        critic, observations = engine.critic, rollout.observations
+        n = size(observations)
+        layers: Any = [module for module in _modules(engine.policy, "critic") if isinstance(module, nn.Linear)]
+        super().__init__(
+            layers, Values(engine.policy), lambda index: take(observations, index), n, len(rollout), critic.parameters,
+            engine.batch_size,
+        )  # fmt: skip
+        self._write_back = critic.write_back
+        net, x = critic.arrays, engine._features(observations)
+        n_outputs = net.layers[:, kernels.N_OUT].sum()
+        net = net._replace(outputs=np.empty(n * n_outputs, x.dtype))
+        signals = np.empty_like(net.outputs)
+        with one_blas_thread():
+            kernels.layer_rows(net, x, signals)
+        ends = (net.layers[:, kernels.OUTPUT] * n)[1:]
+        h, delta = ([th.from_numpy(part.reshape(-1, n)).T for part in np.split(flat, ends)] for flat in (net.outputs, signals))
+        self._inputs, self._signals = [th.from_numpy(x), *h[:-1]], delta
+        self._kept = [self.at(slice(len(rollout)))]
+
+    def at(self, index: Any) -> AllLayers:
+        parts = zip(self._inputs, self._signals, strict=True)
+        return AllLayers([LinearRows(h[index], delta[index], True) for h, delta in parts], self.sizes)
+
+    def gradient(self, c: th.Tensor) -> th.Tensor:
+        return self.at(slice(None)).Jt_w(c)
+
+    def _values(self, index: th.Tensor) -> th.Tensor:
+        self._write_back()  # the exact Hessian is autograd's
+        return super()._values(index)
 
 
 _lock = threading.Lock()
