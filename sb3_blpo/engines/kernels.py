@@ -215,13 +215,15 @@ def adam(net: Network, scale: float) -> None:
         decay, eps, c1, c2, b2 = net.settings[k, WEIGHT_DECAY], f(net.settings[k, EPS]), f(1 - beta1), f(1 - beta2), f(beta2)
         decoupled = net.settings[k, DECOUPLED] != 0
         shrink, penalty, c = f(1 - lr * decay if decoupled else 1), f(0 if decoupled else decay), f(scale)
-        for i in range(net.spans[k, 0], net.spans[k, 1]):
-            p = net.parameters[i] * shrink
-            g = c * net.gradient[i] + penalty * p
-            m = net.exp_avg[i] + c1 * (g - net.exp_avg[i])
-            v = b2 * net.exp_avg_sq[i] + c2 * g * g
-            net.exp_avg[i], net.exp_avg_sq[i] = m, v
-            net.parameters[i] = p - step_size * m / (np.sqrt(v) / root + eps)
+        own = slice(net.spans[k, 0], net.spans[k, 1])
+        parameters, gradient, exp_avg, exp_avg_sq = net.parameters[own], net.gradient[own], net.exp_avg[own], net.exp_avg_sq[own]
+        for i in range(len(parameters)):
+            p = parameters[i] * shrink
+            g = c * gradient[i] + penalty * p
+            m = exp_avg[i] + c1 * (g - exp_avg[i])
+            v = b2 * exp_avg_sq[i] + c2 * g * g
+            exp_avg[i], exp_avg_sq[i] = m, v
+            parameters[i] = p - step_size * m / (np.sqrt(v) / root + eps)
 
 
 @compiled
@@ -467,8 +469,8 @@ def surrogate(log_prob: Array, old_log_prob: Array, W: Array, index: Array, clip
 def gradient_norm(net: Network) -> float:
     total = net.gradient.dtype.type(0)
     for k in range(len(net.spans)):
-        for i in range(net.spans[k, 0], net.spans[k, 1]):
-            total += net.gradient[i] * net.gradient[i]
+        for g in net.gradient[net.spans[k, 0] : net.spans[k, 1]]:
+            total += g * g
     return np.sqrt(total)
 
 
