@@ -235,9 +235,7 @@ class Bilevel(OnPolicyAlgorithm):
         self.engine_in_use = in_use
         return engine
 
-    def _best_response(
-        self, rollout: Rollout, engine: Engine, values: th.Tensor, advantages: th.Tensor
-    ) -> Response | None:
+    def _best_response(self, rollout: Rollout, engine: Engine, values: th.Tensor, advantages: th.Tensor) -> Response | None:
         settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
         damping = settings.pop("damping")
         solver = make_solver(self.ihvp_solver, **settings)

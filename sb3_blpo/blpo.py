@@ -84,7 +84,7 @@ class BLPO(Bilevel):
     :param max_correction_ratio: Largest norm of the correction relative to that of the advantages, >= 0; ``None``: no cap, and
         the advantages keep the length that the correction gives them
     :param engine: What computes the gradient steps: "numba" (compiled, for SB3's own MLP policies on the CPU with Adam or
-        AdamW), "torch" (autograd, for every policy) or "auto" (numba's where it serves). ``engine_in_use`` says which one it is
+        AdamW), "torch" (autograd, for every policy) or "auto" (numba's where it serves); ``engine_in_use`` says which and why
     :raises ValueError: If an argument is of the wrong type or out of range, or if actor and critic share a parameter
     """
 

@@ -29,7 +29,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     """
     Not `fastmath=True`: NaN must stay NaN. Without a cache where numba finds no folder that it may write to.
     """
-    options = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
     try:
         return numba.njit(function, cache=True, **options)
     except RuntimeError:
@@ -182,7 +182,7 @@ def forward(net: Network, x: Array) -> Array:
 @compiled
 def backward(net: Network, x: Array) -> None:
     """
-    The layers' part of the gradient, after `forward`, from the derivatives by the network's outputs in the last layer's deltas.
+    The layers' part of the gradient, after `forward`, from the derivatives by the network's outputs: the last layer's deltas.
 
     :param x: (B, n_in)
     """
@@ -216,7 +216,12 @@ def adam(net: Network, scale: float) -> None:
         decoupled = net.settings[k, DECOUPLED] != 0
         shrink, penalty, c = f(1 - lr * decay if decoupled else 1), f(0 if decoupled else decay), f(scale)
         own = slice(net.spans[k, 0], net.spans[k, 1])
-        parameters, gradient, exp_avg, exp_avg_sq = net.parameters[own], net.gradient[own], net.exp_avg[own], net.exp_avg_sq[own]
+        parameters, gradient, exp_avg, exp_avg_sq = (
+            net.parameters[own],
+            net.gradient[own],
+            net.exp_avg[own],
+            net.exp_avg_sq[own],
+        )
         for i in range(len(parameters)):
             p = parameters[i] * shrink
             g = c * gradient[i] + penalty * p

@@ -1,9 +1,10 @@
 """
-Gradient steps compiled by numba, for SB3's own MLP policies on the CPU: whole passes in one call. The engine works on arrays of
-its own; the policy and its optimizers change when it writes them back.
+Gradient steps compiled by numba, for SB3's own MLP policies on the CPU: whole passes in one call. The engine works on arrays
+of its own; the policy and its optimizers change when it writes them back.
 """
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from sb3_blpo.engines import kernels
 from sb3_blpo.engines.kernels import Network
 from sb3_blpo.engines.torch import ActorPass, TorchEngine
 from sb3_blpo.jacobian import AllLayers, Jacobian, LayerJacobian, LinearRows, Values
-from sb3_blpo.rollout import Rollout, minibatches, size, take
+from sb3_blpo.rollout import Rollout, size, take
 
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.Tanh: kernels.TANH, nn.ReLU: kernels.RELU}
 DISTRIBUTIONS: dict[type[distributions.Distribution], int] = {
@@ -36,7 +37,14 @@ DISTRIBUTIONS: dict[type[distributions.Distribution], int] = {
     distributions.BernoulliDistribution: kernels.BERNOULLI,
 }
 #: What of the policy the kernels stand for
-METHODS = ("evaluate_actions", "get_distribution", "predict_values", "_get_action_dist_from_latent", "set_training_mode", "train")
+METHODS = (
+    "evaluate_actions",
+    "get_distribution",
+    "predict_values",
+    "_get_action_dist_from_latent",
+    "set_training_mode",
+    "train",
+)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [
     *(getattr(modules, f"_global{name}") for name in HOOKS),
@@ -54,75 +62,87 @@ def serves(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer) -> s
     :param critic_optimizer: The critic's
     :return: Why the compiled engine cannot train them, or ``None``: it can
     """
-    if any(GLOBAL_HOOKS) or th.is_autocast_enabled("cpu"):
-        return "torch has global hooks or casts automatically"
+    # Later ones take it for granted that the earlier ones found nothing
+    reasons = [
+        _torch_is_other(),
+        _policy_is_other(policy),
+        _network_is_other(policy, "actor"),
+        _network_is_other(policy, "critic"),
+    ]
+    reasons += [_optimizer_is_other(policy.optimizer), _optimizer_is_other(critic_optimizer)]
+    return next(itertools.chain(*reasons, _parameters_are_other(policy, critic_optimizer)), None)
+
+
+def _torch_is_other() -> Iterator[str]:
+    if any(GLOBAL_HOOKS):
+        yield "torch has global hooks"
+    if th.is_autocast_enabled("cpu"):
+        yield "torch casts automatically"
+
+
+def _policy_is_other(policy: ActorCriticPolicy) -> Iterator[str]:
     for name in METHODS:
         if getattr(getattr(policy, name), "__func__", None) is not getattr(ActorCriticPolicy, name):
-            return f"the policy has a `{name}` of its own"
+            yield f"the policy has a `{name}` of its own"
     if type(policy.action_dist) not in DISTRIBUTIONS:
-        return f"its action distribution is a {type(policy.action_dist).__name__}"
+        yield f"its action distribution is a {type(policy.action_dist).__name__}"
     if policy.observation_space.shape is None or len(policy.observation_space.shape) >= 3:
-        return "observations are images or dictionaries"
+        yield "observations are images or dictionaries"
+    for module in (policy.mlp_extractor, policy.pi_features_extractor, policy.vf_features_extractor):
+        if type(module) not in (MlpExtractor, FlattenExtractor):
+            yield f"there is a {type(module).__name__} in the policy"
     for part in (policy.action_dist, *policy.children(), *policy.mlp_extractor.modules()):
         if any(callable(value) for name, value in vars(part).items() if hasattr(type(part), name)):
-            return f"a method of a {type(part).__name__} was replaced"
+            yield f"a method of a {type(part).__name__} was replaced"
     if any(getattr(module, name) for module in policy.modules() for name in HOOKS):
-        return "there are hooks on the policy's modules"
-    if type(policy.mlp_extractor) is not MlpExtractor:
-        return f"there is a {type(policy.mlp_extractor).__name__} in the policy"
-    for module in (policy.pi_features_extractor, policy.vf_features_extractor):
-        if type(module) is not FlattenExtractor:
-            return f"there is a {type(module).__name__} in the policy"
-    known: list[th.Tensor] = []
-    for which, optimizer in (("actor", policy.optimizer), ("critic", critic_optimizer)):
-        reason = _is_no_mlp(_modules(policy, which))
-        if reason is None:
-            parameters = _parameters(policy, which)
-            known += parameters
-            reason = _is_other_optimizer(optimizer, {id(parameter) for parameter in parameters})
-        if reason is not None:
-            return reason
-    if len({*map(id, known)}) < len(known) or {*map(id, policy.parameters())} != {*map(id, known)}:
-        return "parameters are used twice or are more than SB3's"
-    for parameter in known:
-        if type(parameter) is not nn.Parameter or parameter.dtype != th.float32 or parameter.device.type != "cpu":
-            return f"a parameter is {parameter.dtype} on {parameter.device}"
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return "there are hooks on parameters"
-    return None
+        yield "there are hooks on the policy's modules"
 
 
-def _is_no_mlp(layers: list[nn.Module]) -> str | None:
-    """Why layers are not Linear ones, each but the last one with at most one activation after it."""
+def _network_is_other(policy: ActorCriticPolicy, which: str) -> Iterator[str]:
+    """Linear layers, each but the last one with at most one activation after it."""
     after_linear = False
-    for module in layers:
+    for module in _modules(policy, which):
         if type(module) is not nn.Linear and type(module) not in ACTIVATIONS:
-            return f"there is a {type(module).__name__} in the policy"
+            yield f"there is a {type(module).__name__} in the policy"
         if type(module) is nn.Linear and module.bias is None:
-            return "a layer has no bias"
+            yield "a layer has no bias"
         if type(module) in ACTIVATIONS and not after_linear:
-            return "an activation does not follow a Linear layer"
+            yield "an activation does not follow a Linear layer"
         after_linear = type(module) is nn.Linear
-    return None if after_linear else "a network does not end in a Linear layer"
+    if not after_linear:
+        yield "a network does not end in a Linear layer"
 
 
-def _is_other_optimizer(optimizer: th.optim.Optimizer, parameters: set[int]) -> str | None:
-    """Why an optimizer is not the kernels' Adam for these parameters."""
+def _optimizer_is_other(optimizer: th.optim.Optimizer) -> Iterator[str]:
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
-        return f"an optimizer is {type(optimizer).__name__}"
+        yield f"an optimizer is {type(optimizer).__name__}"
     if "step" in vars(optimizer) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return "an optimizer has hooks, or a learning rate scheduler of torch's"
+        yield "an optimizer has hooks, or a learning rate scheduler of torch's"
     for group in optimizer.param_groups:
         if any(group.get(flag) for flag in ("amsgrad", "maximize", "capturable", "differentiable")):
-            return "an optimizer is set to amsgrad, maximize, capturable or differentiable"
+            yield "an optimizer is set to amsgrad, maximize, capturable or differentiable"
         if any(isinstance(x, th.Tensor) for x in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])):
-            return "an optimizer has tensors for settings"
-        if not {*map(id, group["params"])} <= parameters:
-            return "an optimizer has parameters of other networks"
+            yield "an optimizer has tensors for settings"
     for state in optimizer.state.values():
-        if {*state} - {"step", "exp_avg", "exp_avg_sq"} or any(getattr(x, "dtype", None) != th.float32 for x in state.values()):
-            return "an optimizer's state is another than Adam's in float32"
-    return None
+        if {*state} - {"step", "exp_avg", "exp_avg_sq"} or any(
+            getattr(x, "dtype", None) != th.float32 for x in state.values()
+        ):
+            yield "an optimizer's state is another than Adam's in float32"
+
+
+def _parameters_are_other(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer) -> Iterator[str]:
+    actor, critic = _parameters(policy, "actor"), _parameters(policy, "critic")
+    for own, optimizer in ((actor, policy.optimizer), (critic, critic_optimizer)):
+        if not {id(p) for group in optimizer.param_groups for p in group["params"]} <= {*map(id, own)}:
+            yield "an optimizer has parameters of other networks"
+    known = [*actor, *critic]
+    if len({*map(id, known)}) < len(known) or {*map(id, policy.parameters())} != {*map(id, known)}:
+        yield "parameters are used twice or are more than SB3's"
+    for parameter in known:
+        if type(parameter) is not nn.Parameter or parameter.dtype != th.float32 or parameter.device.type != "cpu":
+            yield f"a parameter is {parameter.dtype} on {parameter.device}"
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            yield "there are hooks on parameters"
 
 
 def _modules(policy: ActorCriticPolicy, which: str) -> list[nn.Module]:
@@ -212,7 +232,14 @@ def _table(layers: Sequence[nn.Module]) -> np.ndarray:
     for module in layers:
         if isinstance(module, nn.Linear):
             n_weights = module.weight.numel()
-            row = [module.in_features, module.out_features, n_parameters, n_parameters + n_weights, n_outputs, kernels.IDENTITY]
+            row = [
+                module.in_features,
+                module.out_features,
+                n_parameters,
+                n_parameters + n_weights,
+                n_outputs,
+                kernels.IDENTITY,
+            ]
             rows.append(row)
             n_parameters += n_weights + module.out_features
             n_outputs += module.out_features
@@ -255,7 +282,7 @@ class NumbaEngine:
         )
         self.kind = DISTRIBUTIONS[type(policy.action_dist)]
         n_out = self.actor.arrays.layers[-1, kernels.N_OUT]
-        self.choices = np.array(getattr(policy.action_dist, "action_dims", [n_out]), np.int64)
+        self.choices = np.atleast_1d(np.array(getattr(policy.action_dist, "action_dims", n_out), np.int64))
 
     def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_steps: int) -> th.Tensor:
         """
@@ -269,7 +296,9 @@ class NumbaEngine:
         index, starts = self._minibatches(size(observations), n_steps)
         losses = np.empty(n_steps, np.float32)
         with one_blas_thread():
-            kernels.fit_critic(self.critic.arrays, self._features(observations), returns.float().numpy(), index, starts, losses)
+            kernels.fit_critic(
+                self.critic.arrays, self._features(observations), returns.float().numpy(), index, starts, losses
+            )
         return finite("critic's loss", th.from_numpy(losses))
 
     def values(self, observations: PyTorchObs) -> th.Tensor:
@@ -310,8 +339,8 @@ class NumbaEngine:
         with one_blas_thread():
             n, end = kernels.improve_actor(
                 self.actor.arrays, self.kind, self.choices, self._features(rollout.states), self._actions(rollout),
-                rollout.old_log_prob.float().numpy(), weights.float().numpy(), index, starts, self.clip_range, float(self.ent_coef),
-                float(self.max_grad_norm), float(kl_limit), table,
+                rollout.old_log_prob.float().numpy(), weights.float().numpy(), index, starts, self.clip_range,
+                float(self.ent_coef), float(self.max_grad_norm), float(kl_limit), table,
             )  # fmt: skip
         if end in (kernels.BAD_OUTPUT, kernels.BAD_GRADIENT):
             raise FloatingPointError("actor's output" if end == kernels.BAD_OUTPUT else "actor's gradient")
@@ -336,9 +365,12 @@ class NumbaEngine:
         self.critic.write_back()
 
     def _minibatches(self, n: int, n_minibatches: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """All minibatches' rows in one, and where each starts; drawn as torch's engine draws them."""
-        parts = list(minibatches(n, self.batch_size, n_minibatches))
-        return th.cat(parts).numpy(), np.cumsum([0, *map(len, parts)])
+        """The rows of all minibatches, as torch's engine draws them, and where each starts."""
+        in_a_pass = -(-n // self.batch_size)
+        n_minibatches = in_a_pass if n_minibatches is None else n_minibatches
+        passes = [th.randperm(n, device="cpu") for _ in range(-(-n_minibatches // in_a_pass))]
+        k = np.arange(n_minibatches + 1)
+        return th.cat(passes).numpy(), k // in_a_pass * n + k % in_a_pass * self.batch_size
 
     def _features(self, observations: PyTorchObs) -> np.ndarray:
         space, normalize_images = self.policy.observation_space, self.policy.normalize_images
