@@ -1,277 +1,263 @@
 """
-What BLPO costs beside SB3's PPO at the same schedule.
+What BLPO costs beside SB3's PPO with the same rollouts, minibatches and epochs.
 
-``python benchmarks/overhead.py`` (about eight minutes on one free core) writes ``benchmarks/results/overhead.csv`` and its
-figure; ``--env`` and ``--repeats`` choose a part, whose rows replace the old ones of that environment. All algorithms of an
-environment live in one process with one thread and take turns, one rollout and one ``train()`` each; the ratio is that of two
-turns side by side. The first turn of each is not counted.
+``python benchmarks/overhead.py`` writes ``overhead.csv``, ``overhead_memory.csv`` and a figure to ``benchmarks/results``. It
+takes about 20 minutes and a machine that does nothing else; ``--cases`` chooses a part, whose rows replace the old ones.
+
+Time: the algorithms of a case live in one process with one thread and take turns, one rollout and one ``train()`` each, in CPU
+seconds; ratios are those of two turns side by side, the first turn of each is not counted. The environment of the cases with
+other critics costs next to nothing, so that its ratios are the largest that such a critic can have.
+Memory: the largest resident memory of a process that trains on long rollouts, one process for each algorithm.
 """
 
 import argparse
-import csv
-import platform
+import multiprocessing
+import resource
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch as th
+from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecNormalize
+from torch import nn
 
 from sb3_blpo import BLPO
 
 RESULTS = Path(__file__).parent / "results"
-
-#: The schedule of hyperparams/blpo.yml, PPO's number of epochs
-SCHEDULE: dict[str, Any] = {"n_steps": 256, "batch_size": 256, "n_epochs": 10, "seed": 0, "device": "cpu"}
-N_ENVS = 8
-#: Images: one minibatch of each environment's rollout, as in Atari's entry of hyperparams/blpo.yml, but fewer of them
-IMAGE_SCHEDULE = SCHEDULE | {"n_steps": 64, "batch_size": 64, "n_epochs": 1}
-N_IMAGE_ENVS = 2
-
-NORMALIZED = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Humanoid-v5")
-#: Behind an environment's name: the networks that hyperparams/blpo.yml has for it, instead of two layers of 64 tanh units
-WIDE = " (256-256)"
-ENVIRONMENTS = (
-    "CartPole-v1", "Acrobot-v1", "LunarLander-v3", "LunarLander-v3" + WIDE, *NORMALIZED, "HalfCheetah-v5" + WIDE,
-    "CarRacing-v3",
-)  # fmt: skip
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "none": {"ihvp_solver": "none"},
-    "nystrom": {},
-    "nystrom gaussian": {"ihvp_kwargs": {"sketch": "gaussian"}},
-    "nystrom columns": {"ihvp_kwargs": {"sketch": "columns"}},
-    "cg (50)": {"ihvp_solver": "cg", "ihvp_kwargs": {"tol": 0.0}},
-    "nystrom_cg": {"ihvp_solver": "nystrom_cg"},
-    "exact": {"ihvp_solver": "exact"},
-}
-
-#: The authors' whole runs relative to their PPO, JAX on a GPU (arXiv 2505.11714): nested, CG, Nyström
-AUTHORS = {
-    "CartPole-v1": (1.10, 1.99, 2.07),
-    "Acrobot-v1": (1.16, 1.95, 2.11),
-    "Walker2d-v5": (1.04, 1.52, 1.31),
-    "Hopper-v5": (1.07, 1.63, 1.38),
-    "Humanoid-v5": (1.03, 1.28, 1.16),
-    "HalfCheetah-v5": (1.00, 1.15, 1.09),
+N_ENVS, SCHEDULE = 8, {"n_steps": 256, "batch_size": 256, "n_epochs": 10, "seed": 0, "device": "cpu"}
+ALGORITHMS: dict[str, Any] = {"ppo": PPO, "none": BLPO, "nystrom": BLPO}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "64-64": {"net_arch": [64, 64]},
+    "256-256": {"net_arch": [256, 256], "activation_fn": nn.ReLU},
 }
 
 
-class Turn(NamedTuple):
+class Cheap(gym.Env[Any, Any]):
     """
-    One rollout and one ``train()``.
+    Episodes of 100 steps with random observations and rewards, drawn beforehand.
 
-    :param env_id: Environment
-    :param algorithm: "ppo" or a variant of BLPO
-    :param repeat: Number of the turn, from 0
-    :param collection: Seconds of ``collect_rollouts()``
-    :param training: Seconds of ``train()``
-    :param critic_step: Seconds of one nested step of the critic, mean over the turn; 0 for PPO
-    :param n_minibatches: Minibatches of one ``train()``
+    :param observation_space: Any
     """
 
-    env_id: str
-    algorithm: str
-    repeat: int
-    collection: float
-    training: float
-    critic_step: float
-    n_minibatches: int
+    action_space = spaces.Discrete(4)
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        self.observation_space = observation_space
+        observation_space.seed(0)
+        self.observations = [observation_space.sample() for _ in range(101)]
+        self.rewards = np.random.default_rng(0).standard_normal(101).tolist()
+        self.t = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.t = 0
+        return self.observations[0], {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        return self.observations[self.t], self.rewards[self.t], self.t == 100, False, {}
 
 
-class Stopwatch:
+VECTOR = spaces.Box(-1, 1, (16,))
+WINDOW = spaces.Box(-1, 1, (16, 8))  # of 16 observations
+TOKENS = spaces.Box(0, 63, (16,), np.int64)
+IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+
+
+class Extractor(BaseFeaturesExtractor):
     """
-    Adds up the time that a method takes.
+    Features of a vector, of a window of observations, or of tokens.
 
-    :param owner: Object whose method to replace
-    :param method: Its name
+    :param observation_space: Space
+    :param kind: A key of :data:`CRITICS`
     """
 
-    def __init__(self, owner: Any, method: str) -> None:
-        self.seconds, self.calls = 0.0, 0
-        original: Callable[..., Any] = getattr(owner, method)
+    def __init__(self, observation_space: spaces.Box, kind: str) -> None:
+        super().__init__(observation_space, 32)
+        self.kind = kind
+        networks = {
+            "LayerNorm": lambda: nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Tanh()),
+            "BatchNorm": lambda: nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Tanh()),
+            "attention": lambda: nn.Sequential(nn.Linear(8, 32), nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)),
+            "LSTM": lambda: nn.LSTM(8, 32, batch_first=True),
+            "GRU": lambda: nn.GRU(8, 32, batch_first=True),
+            "Embedding": lambda: nn.Embedding(64, 32),
+            "Conv1d": lambda: nn.Sequential(nn.Conv1d(8, 32, 3), nn.ReLU(), nn.Conv1d(32, 32, 3), nn.ReLU()),
+        }
+        self.network = networks[kind]()
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = original(*args, **kwargs)
-            self.seconds += time.perf_counter() - start
-            self.calls += 1
-            return result
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        if self.kind in ("LayerNorm", "BatchNorm"):
+            return self.network(observations)
+        if self.kind in ("LSTM", "GRU"):
+            return self.network(observations)[0][:, -1]
+        if self.kind == "Conv1d":
+            return self.network(observations.transpose(1, 2)).mean(dim=2)
+        return self.network(observations.long() if self.kind == "Embedding" else observations).mean(dim=1)
 
-        setattr(owner, method, timed)
+
+#: Policy and observation space of each critic that is no MLP
+CRITICS: dict[str, tuple[str, spaces.Space]] = {
+    "LayerNorm": ("MlpPolicy", VECTOR),
+    "BatchNorm": ("MlpPolicy", VECTOR),
+    "attention": ("MlpPolicy", WINDOW),
+    "LSTM": ("MlpPolicy", WINDOW),
+    "GRU": ("MlpPolicy", WINDOW),
+    "Embedding": ("MlpPolicy", TOKENS),
+    "Conv1d": ("MlpPolicy", WINDOW),
+    "NatureCNN": ("CnnPolicy", IMAGE),
+    "Dict": ("MultiInputPolicy", spaces.Dict({"vector": VECTOR, "image": IMAGE})),
+}
+CASES = (*(f"{env_id} {network}" for env_id in ("CartPole-v1", "Hopper-v5") for network in NETWORKS), *CRITICS)
 
 
-def make(env_id: str, variant: dict[str, Any] | None) -> PPO | BLPO:
+def make(case: str, algorithm: str, n_envs: int = N_ENVS, **settings: Any) -> Any:
     """
-    :param env_id: One of :data:`ENVIRONMENTS`
-    :param variant: Arguments of BLPO, ``None``: PPO
-    :return: The algorithm with environments of its own
+    :param case: One of :data:`CASES`
+    :param algorithm: A key of :data:`ALGORITHMS`
+    :param n_envs: Number of environments
+    :param settings: Instead of those of :data:`SCHEDULE`
+    :return: The model, with environments of its own
     """
-    images, name = env_id == "CarRacing-v3", env_id.removesuffix(WIDE)
-    env: Any = make_vec_env(name, N_IMAGE_ENVS if images else N_ENVS, seed=0)
-    if name in NORMALIZED:
-        env = VecNormalize(env)
-    schedule = IMAGE_SCHEDULE if images else SCHEDULE
-    if name != env_id:
-        schedule = schedule | {"policy_kwargs": {"net_arch": [256, 256], "activation_fn": th.nn.ReLU}}
-    policy = "CnnPolicy" if images else "MlpPolicy"
-    return PPO(policy, env, **schedule) if variant is None else BLPO(policy, env, **schedule, **variant)
+    if case in CRITICS:
+        policy, space = CRITICS[case]
+        env: Any = make_vec_env(Cheap, n_envs, seed=0, env_kwargs={"observation_space": space})
+        policy_kwargs: dict[str, Any] = {}
+        if policy == "MlpPolicy":
+            policy_kwargs = {"features_extractor_class": Extractor, "features_extractor_kwargs": {"kind": case}}
+    else:
+        env_id, network = case.split()
+        policy, policy_kwargs = "MlpPolicy", NETWORKS[network]
+        env = make_vec_env(env_id, n_envs, seed=0)
+        env = VecNormalize(env) if env_id == "Hopper-v5" else env
+    if algorithm != "ppo":
+        settings["ihvp_solver"] = algorithm
+    return ALGORITHMS[algorithm](policy, env, policy_kwargs=policy_kwargs, **SCHEDULE | settings)
 
 
-def measure(env_id: str, repeats: int) -> list[Turn]:
+def measure(case: str, n_turns: int) -> pd.DataFrame:
     """
-    :param env_id: Environment
-    :param repeats: Number of turns of each algorithm
-    :return: All turns
+    :param case: One of :data:`CASES`
+    :param n_turns: Turns of each algorithm that count
+    :return: CPU seconds of each turn
     """
-    variants: dict[str, dict[str, Any] | None] = {"ppo": None, **VARIANTS}
-    if env_id == "CarRacing-v3":
-        del variants["nystrom_cg"], variants["cg (50)"]  # minutes for each turn
-    models = {name: make(env_id, variant) for name, variant in variants.items()}
-    watches = {name: (Stopwatch(model, "collect_rollouts"), Stopwatch(model, "train")) for name, model in models.items()}
-    critic_watches = {name: Stopwatch(model, "_update_critic") for name, model in models.items() if isinstance(model, BLPO)}
-    turns = []
-    for repeat in range(-1, repeats):
+    models = {name: make(case, name) for name in ALGORITHMS}
+    callbacks = {name: model._setup_learn(10**9)[1] for name, model in models.items()}
+    rows = []
+    for turn in range(-1, n_turns):
         for name, model in models.items():
-            watched = [*watches[name], *([critic_watches[name]] if name in critic_watches else [])]
-            for watch in watched:
-                watch.seconds, watch.calls = 0.0, 0
-            n_transitions = model.n_steps * model.n_envs
-            model.learn(n_transitions, reset_num_timesteps=repeat < 0)
-            collection, training = (watch.seconds for watch in watches[name])
-            critic = critic_watches.get(name)
-            if repeat >= 0:
-                turns.append(Turn(
-                    env_id, name, repeat, collection, training, critic.seconds / critic.calls if critic else 0.0,
-                    model.n_epochs * n_transitions // model.batch_size,
-                ))  # fmt: skip
-    for model in models.values():
-        assert model.env is not None
-        model.env.close()
-    return turns
+            start = time.process_time()
+            model.collect_rollouts(model.env, callbacks[name], model.rollout_buffer, model.n_steps)
+            collected = time.process_time()
+            model.train()
+            rows.append((case, name, turn, collected - start, time.process_time() - collected))
+    table = pd.DataFrame(rows, columns=["case", "algorithm", "turn", "collect", "train"])
+    return table[table.turn >= 0]
 
 
-def read() -> list[Turn]:
+def ratios(table: pd.DataFrame) -> pd.DataFrame:
     """
-    :return: All recorded turns
+    :param table: All turns
+    :return: Whole turns relative to those beside them, a row for each case and turn
     """
-    path = RESULTS / "overhead.csv"
-    if not path.exists():
-        return []
-    with path.open() as file:
-        rows = csv.DictReader(line for line in file if not line.startswith("#"))
-        return [Turn(*(kind(row[name]) for name, kind in Turn.__annotations__.items())) for row in rows]
+    turns = table.assign(whole=table.collect + table.train).pivot(index=["case", "turn"], columns="algorithm", values="whole")
+    return pd.DataFrame({
+        "none / PPO": turns["none"] / turns.ppo,
+        "nystrom / PPO": turns.nystrom / turns.ppo,
+        "nystrom / none": turns.nystrom / turns["none"],
+    })  # fmt: skip
 
 
-def write(turns: list[Turn]) -> None:
+def summary(table: pd.DataFrame) -> str:
     """
-    :param turns: What to record
+    :param table: All turns
+    :return: Medians
     """
-    with (RESULTS / "overhead.csv").open("w", newline="") as file:
-        file.write(f"# one thread, torch {th.__version__}, {platform.machine()}, seconds\n")
-        writer = csv.writer(file)
-        writer.writerow(Turn._fields)
-        writer.writerows([*turn[:3], *(f"{x:.6g}" for x in turn[3:6]), turn[6]] for turn in turns)
+    medians = ratios(table).groupby("case").median().loc[[case for case in CASES if case in set(table["case"])]]
+    seconds = table.groupby(["case", "algorithm"])[["collect", "train"]].median().unstack()
+    for name in ALGORITHMS:
+        collect, train = seconds["collect", name], seconds["train", name]
+        medians[f"{name}, s"] = collect.map("{:.2f} + ".format) + train.map("{:.2f}".format)
+    return medians.to_string(float_format="{:.2f}".format)
 
 
-def ratios(turns: list[Turn], env_id: str, algorithm: str, to: str) -> np.ndarray:
+def plot(table: pd.DataFrame, path: Path) -> None:
     """
-    :param turns: All turns
-    :param env_id: Environment
-    :param algorithm: An algorithm
-    :param to: Another
-    :return: Whole turns of the one relative to those of the other beside them (repeats,)
-    """
-    of = {(t.algorithm, t.repeat): t.collection + t.training for t in turns if t.env_id == env_id}
-    return np.array([seconds / of[to, repeat] for (name, repeat), seconds in of.items() if name == algorithm])
-
-
-def summary(turns: list[Turn]) -> str:
-    """
-    :param turns: All turns
-    :return: A table in Markdown: medians
-    """
-    lines = [
-        "| environment | PPO: collection + training, s | " + " | ".join(f"{name} / PPO" for name in VARIANTS)
-        + " | nystrom / none | nystrom - none | critic step |",
-        "| --- " * (len(VARIANTS) + 5) + "|",
-    ]  # fmt: skip
-    for env_id in (name for name in ENVIRONMENTS if any(turn.env_id == name for turn in turns)):
-        here = [turn for turn in turns if turn.env_id == env_id]
-
-        def median(field: str, algorithm: str, here: list[Turn] = here) -> float:
-            return float(np.median([getattr(turn, field) for turn in here if turn.algorithm == algorithm]))
-
-        cells = [env_id, f"{median('collection', 'ppo'):.3f} + {median('training', 'ppo'):.3f}"]
-        for name in VARIANTS:
-            found = ratios(turns, env_id, name, "ppo")
-            cells.append(f"{np.median(found):.2f}" if len(found) else "-")
-        cells.append(f"{np.median(ratios(turns, env_id, 'nystrom', 'none')):.2f}")
-        extra = (median("training", "nystrom") - median("training", "none")) / here[0].n_minibatches
-        cells += [f"{1e3 * extra:.2f} ms", f"{1e3 * median('critic_step', 'none'):.2f} ms"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(turns: list[Turn]) -> None:
-    """
-    :param turns: All turns
+    :param table: All turns
+    :param path: The PNG
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    env_ids = [name for name in ENVIRONMENTS if any(turn.env_id == name for turn in turns)]
-    shown = {
-        "none": "#777777", "nystrom": "#d55e00", "nystrom columns": "#e69f00", "cg (50)": "#0072b2", "nystrom_cg": "#56b4e9",
-        "exact": "#009e73",
-    }  # fmt: skip
-    figure, axis = plt.subplots(figsize=(11, 4.6), layout="constrained")
-    width = 0.8 / len(shown)
-    for i, (name, colour) in enumerate(shown.items()):
-        for x, env_id in enumerate(env_ids):
-            found = ratios(turns, env_id, name, "ppo")
-            if len(found):
-                low, middle, high = np.quantile(found, [0.25, 0.5, 0.75])
-                place = x - 0.4 + (i + 0.5) * width
-                axis.bar(place, middle, width, color=colour, label=name if x == 0 else None)
-                axis.plot([place, place], [low, high], color="black", linewidth=1)
-                authors = AUTHORS.get(env_id)
-                if authors and name in ("none", "cg (50)", "nystrom"):
-                    value = authors[("none", "cg (50)", "nystrom").index(name)]
-                    axis.plot(place, value, "D", color="white", markeredgecolor=colour, markersize=6)
-    axis.plot([], [], "D", color="white", markeredgecolor="black", label="authors' JAX code on a GPU")
+    quartiles = ratios(table).groupby("case").quantile([0.25, 0.5, 0.75]).unstack()
+    quartiles = quartiles.loc[[case for case in CASES if case in quartiles.index]]
+    medians = quartiles.xs(0.5, axis=1, level=1)[["none / PPO", "nystrom / PPO"]]
+    errors = [[medians[c] - quartiles[c, 0.25], quartiles[c, 0.75] - medians[c]] for c in medians]
+    axis = medians.plot.bar(yerr=errors, color=["#777777", "#d55e00"], figsize=(11, 4.6), rot=30, width=0.7, xlabel="")
     axis.axhline(1, color="black", linewidth=1)
-    axis.set_xticks(range(len(env_ids)), [name.replace(" ", "\n") for name in env_ids], fontsize=8)
-    axis.set_ylabel("runtime relative to PPO")
-    axis.set_title("Time of a rollout and an update beside SB3's PPO, same schedule, one CPU thread (median, quartiles)")
-    axis.set_ylim(0, None)
-    figure.legend(loc="outside lower center", ncols=len(shown) + 1, fontsize=8, frameon=False)
-    figure.savefig(RESULTS / "overhead.png", dpi=110, metadata={"Software": None})
+    axis.set_ylabel("CPU time relative to PPO")
+    axis.set_title("A rollout and an update beside SB3's PPO, same schedule, one thread (median, quartiles)")
+    axis.figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+
+def largest_memory(case: str, algorithm: str, n_envs: int, n_steps: int) -> float:
+    """
+    :param case: One of :data:`CASES`
+    :param algorithm: A key of :data:`ALGORITHMS`
+    :param n_envs: Number of environments
+    :param n_steps: Of a rollout
+    :return: MiB, after as many rollouts as BLPO's critic remembers and one more
+    """
+    th.set_num_threads(1)
+    model = make(case, algorithm, n_envs, n_steps=n_steps, n_epochs=1)
+    model.learn(9 * n_envs * n_steps)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+
+
+def memory(n_envs: int, n_steps: int) -> pd.DataFrame:
+    """
+    :param n_envs: Number of environments
+    :param n_steps: Of a rollout
+    :return: Largest memory of each algorithm
+    """
+    rows = []
+    for network in NETWORKS:
+        for name in ALGORITHMS:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                mib = pool.submit(largest_memory, f"CartPole-v1 {network}", name, n_envs, n_steps).result()
+            rows.append((network, name, n_envs * n_steps, mib))
+    return pd.DataFrame(rows, columns=["network", "algorithm", "N", "MiB"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What BLPO costs beside SB3's PPO at the same schedule")
-    parser.add_argument(
-        "--env", nargs="*", default=ENVIRONMENTS, choices=ENVIRONMENTS, help="environments to measure; none: plot"
-    )
-    parser.add_argument("--repeats", type=int, default=9, help="turns of each algorithm")
+    parser = argparse.ArgumentParser(description="What BLPO costs beside SB3's PPO")
+    parser.add_argument("--cases", nargs="*", default=CASES, choices=CASES, help="none: memory and figure alone")
+    parser.add_argument("--turns", type=int, default=9, help="of each algorithm")
+    parser.add_argument("--memory", type=int, nargs=2, default=(64, 1024), help="environments and steps")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     th.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
-    for env_id in arguments.env:
-        new = measure(env_id, arguments.repeats)
-        turns = [turn for turn in read() if turn.env_id != env_id] + new
-        write(turns)
-        print(summary(new), flush=True)
-    turns = read()
-    plot(turns)
-    print(summary(turns))
+    path = arguments.folder / "overhead.csv"
+    for case in arguments.cases:
+        table = measure(case, arguments.turns)
+        if path.exists():
+            old = pd.read_csv(path)
+            table = pd.concat([old[old["case"] != case], table])
+        table.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        print(case, flush=True)
+    table = pd.read_csv(path)
+    print(summary(table), flush=True)
+    plot(table, arguments.folder / "overhead.png")
+    of_memory = memory(*arguments.memory)
+    of_memory.to_csv(arguments.folder / "overhead_memory.csv", index=False, float_format="%.0f", lineterminator="\n")
+    print(of_memory.to_string(index=False, float_format="{:.0f}".format))
 
 
 if __name__ == "__main__":

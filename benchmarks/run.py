@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ablation  # noqa: F401, makes its variants known to RL Zoo
 import numpy as np
 import torch as th
 from grid import ALGORITHMS, OUTPUTS, STAGES, Cell, cells_of

@@ -80,9 +80,8 @@ def soak(task: Task) -> dict[str, Any]:
         experiment = manager.setup_experiment()
         assert experiment is not None
         model: Any = experiment[0]
-        if task.rates != 1:
-            for schedule in (model.lr_schedule, model.critic_lr_schedule):
-                schedule.value_schedule.val *= task.rates
+        if task.rates != 1:  # the critic's follows
+            model.learning_rate = task.rates * model.lr_schedule(1)
         watch, start = Watch(), time.perf_counter()
         manager.callbacks.append(watch)
         manager.learn(model)

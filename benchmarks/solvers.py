@@ -1,235 +1,177 @@
 """
-What a solve of the critic's linear system costs and how good it is, by solver and size.
+How good a solve of the critic's linear system is, and what it costs, by solver.
 
-``python benchmarks/solvers.py`` writes two tables and two figures to ``benchmarks/results``, in about five minutes on one
-core. Times are CPU times of one thread, in float32: other jobs on the machine hardly disturb them.
+``nice python benchmarks/solvers.py`` writes two tables and two figures to ``benchmarks/results``, in about ten minutes on one
+core. Times are CPU times of one thread, in float32, and those of all that a response costs a rollout: the critic's Jacobian,
+the right side, the solve and the change of the values.
 
-(a) accuracy: ``solvers_accuracy.csv`` and ``.png``. Critics in the middle of training, all minibatches of the last rollout,
-    several draws of each sketch: the relative error of u (how the critic's best response moves the values) and of v (the
-    response itself) against the exact solution in float64 at the same damping, and the distance of u from the exact solution
-    at a damping of 1e-4. Time is that of ``best_response``: what a solver adds to a minibatch, but for the correction's pass
-    through the actor. Sketches are drawn beforehand, as training draws them once for many minibatches.
-(b) growth: ``solvers_growth.csv`` and ``.png``. Time of one solve on random data, the critic's forward and backward pass
-    included, and its largest memory, the sketch included: by minibatch N, by the critic's parameters P and by rank. "exact"
-    is left out above N = 2048: its N × N matrix in float64 takes time as N³. Above N = 1024 gaussian, columns and cg give up
-    the whole Gram matrix for products with the Jacobian, which shows as a kink.
+(a) accuracy: ``solvers_accuracy.csv`` and ``.png``. Critics in mid-training, whole rollouts of 2,048 transitions: the relative
+    error of u (how the critic's best response moves the values) against "exact" at the same damping. "256 rows" is
+    :class:`SampledJacobian`, which serves critics that are not made of layers, forced on the same critics.
+(b) growth: ``solvers_growth.csv`` and ``.png``. Time and largest memory on random data, by the rollout's size N.
 """
 
-import copy
-import functools
+import argparse
+import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch as th
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
-from torch import nn
+from gymnasium import spaces
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.profiler import ProfilerActivity, profile
 
-from sb3_blpo import BLPO
-from sb3_blpo.chain import Chain
-from sb3_blpo.curvature import Curvature
-from sb3_blpo.hypergradient import best_response
-from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solution, Solver
-from sb3_blpo.jacobian import Jacobian
-from sb3_blpo.layers import ChainJacobian
+from sb3_blpo import zoo
+from sb3_blpo.bilevel import IHVP_DEFAULTS
+from sb3_blpo.curvature import GaussNewton
+from sb3_blpo.ihvp import make_solver
+from sb3_blpo.jacobian import SampledJacobian, Values, make_jacobian
+from sb3_blpo.rollout import size, take
+
+zoo.register()
 
 RESULTS = Path(__file__).parent / "results"
-DAMPING, WEAK_DAMPING = 0.01, 1e-4
-#: The package's default
-RANK = 20
-#: Environments and the steps trained on each
-STEPS = {"Hopper-v5": 40_000, "HalfCheetah-v5": 40_000, "Humanoid-v5": 25_000, "LunarLander-v3": 40_000}
-N_DRAWS = 5
-SKETCHES = ("values", "gaussian", "columns")
-RANKS = (1, 2, 5, 10, 20, 30, 50, 100)
-ITERATIONS = (1, 2, 5, 10, 20, 50)
-#: Of each solver, ranks or iterations
-SIZES = {sketch: RANKS for sketch in SKETCHES} | {"cg": ITERATIONS, "nystrom_cg": ITERATIONS, "exact": (0,)}
-LABELS = {
-    "values": "nystrom, values",
-    "gaussian": "nystrom, gaussian",
-    "columns": "nystrom, columns (the paper's)",
-    "cg": "cg",
-    "nystrom_cg": f"nystrom_cg (values, rank {RANK})",
-    "exact": "exact",
+ENVIRONMENTS = ("CartPole-v1", "LunarLander-v3", "Hopper-v5", "HalfCheetah-v5")
+NETWORKS = {64: "dict(net_arch=[64, 64])", 256: "dict(activation_fn=nn.ReLU, net_arch=[256, 256])"}
+N_ROLLOUTS, N_TRANSITIONS = 15, 2048
+N_DRAWS = 3
+RANKS, DAMPINGS = (5, 10, 20, 40), (1e-3, 1e-2, 1e-1)
+#: How :func:`make_solver` calls them
+SKETCHES: dict[str, dict[str, Any]] = {
+    sketch: {"ihvp_solver": "nystrom", "sketch": sketch} for sketch in ("values", "gaussian", "columns")
 }
+SOLVERS = SKETCHES | {name: {"ihvp_solver": name} for name in ("cg", "nystrom_cg", "exact")}
+ROWS = " (256 rows)"
 COLOURS = {
-    "values": "#d55e00",
-    "gaussian": "#0072b2",
-    "columns": "#56b4e9",
-    "cg": "#009e73",
-    "nystrom_cg": "#cc79a7",
-    "exact": "black",
-}
-GREY = "#777777"
+    "values": "#d55e00", "gaussian": "#0072b2", "columns": "#56b4e9", "cg": "#009e73", "nystrom_cg": "#cc79a7",
+    "exact": "black", "values" + ROWS: "#e69f00", "exact" + ROWS: "#777777",
+}  # fmt: skip
 
 
-def make(name: str, size: int, tol: float = 1e-5) -> Solver:
+class Problem(NamedTuple):
     """
-    :param name: A key of :data:`SIZES`
-    :param size: The rank, or the number of iterations
-    :param tol: At which CG stops
-    :return: The solver
+    A rollout's linear system.
+
+    :param policy: Its critic
+    :param observations: Of the rollout
+    :param n_states: N, how many of them are in the critic's loss
+    :param c: Derivative of the leader's objective by the values of all observations
     """
-    if name == "exact":
-        return Exact()
-    if name in SKETCHES:
-        return Nystrom(size, name)
-    return ConjugateGradient(size, tol, None if name == "cg" else Nystrom(RANK, "values"))
+
+    policy: ActorCriticPolicy
+    observations: Any
+    n_states: int
+    c: th.Tensor
+
+    def u(self, solver: str, rank: int, damping: float, seed: int) -> tuple[th.Tensor, bool]:
+        """
+        :param solver: A key of :data:`COLOURS`
+        :param rank: Of Nyström
+        :param damping: alpha in units of tr(H)
+        :param seed: Of what is drawn
+        :return: u (N,), and whether the solve succeeded
+        """
+        generator = th.Generator().manual_seed(seed)
+        critic = Values(self.policy)
+        parameters = [
+            p for name, p in self.policy.named_parameters() if name.startswith(("mlp_extractor.value_net", "value_"))
+        ]
+        arguments = (lambda i: take(self.observations, i), size(self.observations), self.n_states, parameters, 256)
+        if solver.endswith(ROWS):
+            jacobian: Any = SampledJacobian(generator, critic, *arguments)
+        else:
+            jacobian = make_jacobian(self.policy, generator, *arguments)
+        system = GaussNewton(jacobian, jacobian.gradient(self.c), damping)
+        settings = {name: value for name, value in IHVP_DEFAULTS.items() if name != "damping"} | {"rank": rank}
+        method = make_solver(**settings | SOLVERS[solver.removesuffix(ROWS)])
+        assert method is not None
+        solution = method.solve(system, generator)
+        return jacobian.to_values(solution.v), bool(solution.ok)
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    start = time.thread_time()
+    result = function(*arguments)
+    return result, 1000 * (time.thread_time() - start)
 
 
 # (a)
 
 
-class Recorded(Solver):
-    """A solver whose last solution can be had as a parameter vector."""
+def trained(env_id: str, width: int, n_rollouts: int) -> Problem:
+    """Train with nested updates alone, so that no solver has a part in what it is then judged by."""
+    params = {"ihvp_solver": "none", "policy_kwargs": NETWORKS[width], "n_timesteps": 10**6}
+    with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
 
-    curvature: Curvature
-    solution: Solution
+        def manager(**more: Any) -> ExperimentManager:
+            return ExperimentManager(
+                argparse.Namespace(), "blpo", env_id, folder, hyperparams=params | more, eval_freq=-1, seed=0, verbose=0,
+                log_interval=-1, device="cpu",
+            )  # fmt: skip
 
-    def __init__(self, solver: Solver) -> None:
-        self.solver = solver
-        self.needs_gram = solver.needs_gram
-
-    def draw(self, like: th.Tensor, generator: th.Generator) -> None:
-        self.solver.draw(like, generator)
-
-    def solve(self, curvature: Curvature, alpha: th.Tensor) -> Solution:
-        self.curvature, self.solution = curvature, self.solver.solve(curvature, alpha)
-        return self.solution
-
-    def v(self) -> th.Tensor:
-        """The last solution (n_params,)."""
-        return self.curvature.to_parameters(self.solution.x)
-
-
-class Problem(NamedTuple):
-    """
-    A minibatch's linear system.
-
-    :param jacobian: Makes the Jacobian, so that each solve pays for its own
-    :param coefficients: Of the right side (n_rows,)
-    :param residuals: Of the critic (N,)
-    """
-
-    jacobian: Callable[[], Jacobian]
-    coefficients: th.Tensor
-    residuals: th.Tensor
-
-    def u(self, jacobian: Jacobian, solver: Solver, damping: float = DAMPING) -> tuple[th.Tensor, bool]:
-        """Return u, and whether the solve succeeded."""
-        coefficients, residuals = self.coefficients.to(jacobian.values.dtype), self.residuals.to(jacobian.values.dtype)
-        response = best_response(jacobian, coefficients, residuals, solver, damping, "gauss_newton", with_residual=False)
-        return response.u, bool(response.ok)
+        n_envs = manager().read_hyperparameters()[1]["n_envs"]
+        experiment = manager(n_steps=N_TRANSITIONS // n_envs).setup_experiment()
+        assert experiment is not None
+        model: Any = experiment[0].learn(n_rollouts * N_TRANSITIONS)
+    model.policy.set_training_mode(False)
+    rollout = model._finished_rollout()
+    # The surrogate's derivative by each lambda-return, where the policy is still the rollout's
+    weights = th.full((len(rollout),), 1 / len(rollout))
+    return Problem(model.policy, rollout.observations, len(rollout), rollout.return_gradient(weights))
 
 
-def trained(env_id: str, n_steps: int) -> BLPO:
-    """Train on nested updates alone, so that no solver has a part in what it is then judged by."""
-    env = make_vec_env(env_id, 8, seed=0)
-    if isinstance(env.action_space, gym.spaces.Box):
-        env = VecNormalize(env)
-    model = BLPO(
-        "MlpPolicy",
-        env,
-        n_steps=256,
-        batch_size=256,
-        critic_learning_rate=1.2e-3,
-        ihvp_solver="none",
-        seed=0,
-        device="cpu",
-    )
-    return model.learn(n_steps)
+def cases() -> Iterator[tuple[str, int, float]]:
+    """Solver, rank (of what has none: 0) and damping."""
+    for damping in DAMPINGS:
+        yield from ((sketch, rank, damping) for sketch in SKETCHES for rank in RANKS)
+        for name in COLOURS.keys() - SKETCHES.keys():
+            yield name, RANKS[2] if name.startswith(("nystrom", "values")) else 0, damping
 
 
-def minibatches(model: BLPO) -> Iterator[tuple[Problem, Jacobian]]:
-    """The linear systems of the last rollout's minibatches, and their Jacobians in float64."""
-    chain = model.critic.chain
-    assert chain is not None
-    for segment in model._segments():
-        n, observations = segment.n_transitions, segment.observations
-        assert isinstance(observations, th.Tensor)
-        observations = observations.float()
-        coefficients = segment.return_gradient(th.full((n,), 1 / n))
-        residuals = model.critic.values(observations)[:n] - segment.returns
-        problem = Problem(functools.partial(ChainJacobian, chain, observations), coefficients, residuals)
-        yield problem, ChainJacobian(copy.deepcopy(chain).double(), observations.double())
-
-
-def relative(x: th.Tensor, truth: th.Tensor) -> float:
-    return (th.linalg.vector_norm(x.double() - truth) / th.linalg.vector_norm(truth)).item()
-
-
-@th.no_grad()
-def accuracy(model: BLPO) -> pd.DataFrame:
-    """One row for each solver, size, draw and minibatch."""
-    problems, truths = [], []
-    for problem, jacobian in minibatches(model):
-        exact = Recorded(Exact())
-        u_weak = problem.u(jacobian, exact, WEAK_DAMPING)[0]
-        u = problem.u(jacobian, exact)[0]
-        problems.append(problem)
-        truths.append((u, exact.v(), u_weak))
-    like = th.zeros(problems[0].jacobian().n_params)
-    generator = th.Generator().manual_seed(0)
+def accuracy(n_rollouts: int) -> pd.DataFrame:
+    """One row for each critic, case and draw."""
     rows = []
-    for name, sizes in SIZES.items():
-        for size in sizes:
-            solver = Recorded(make(name, size))
-            for _ in range(N_DRAWS):
-                solver.draw(like, generator)
-                for problem, (u_true, v_true, u_weak) in zip(problems, truths, strict=True):
-                    jacobian = problem.jacobian()
-                    start = time.thread_time()
-                    u, ok = problem.u(jacobian, solver)
-                    seconds = time.thread_time() - start
-                    errors = relative(u, u_true), relative(solver.v(), v_true), relative(u, u_weak)
-                    rows.append((name, size, *errors, 1000 * seconds, not ok))
-    return pd.DataFrame(rows, columns=["solver", "size", "u", "v", "u_weak", "ms", "failed"])
+    for env_id in ENVIRONMENTS:
+        for width in NETWORKS:
+            problem = trained(env_id, width, n_rollouts)
+            truths = {damping: problem.u("exact", 0, damping, 0)[0] for damping in DAMPINGS}
+            for solver, rank, damping in cases():
+                for seed in range(1 if solver in ("exact", "cg") else N_DRAWS):
+                    (u, ok), ms = timed(problem.u, solver, rank, damping, seed)
+                    error = th.linalg.vector_norm(u - truths[damping]) / th.linalg.vector_norm(truths[damping])
+                    rows.append((env_id, width, solver, rank, damping, float(error), ms, not ok))
+            print(f"{env_id}, {width}-{width}", flush=True)
+    return pd.DataFrame(rows, columns=["environment", "width", "solver", "rank", "damping", "error", "ms", "failed"])
 
 
 def summary(raw: pd.DataFrame) -> pd.DataFrame:
-    """Median and largest errors by environment, and of all of them together."""
-    both = pd.concat([raw, raw.assign(environment="all")])
-    return (
-        both.groupby(["environment", "solver", "size"], sort=False)
-        .agg(
-            u_median=("u", "median"),
-            u_max=("u", "max"),
-            v_median=("v", "median"),
-            v_max=("v", "max"),
-            u_median_from_exact_1e_4=("u_weak", "median"),
-            ms_median=("ms", "median"),
-            failed=("failed", "sum"),
-            solves=("failed", "size"),
-        )
-        .reset_index()
-    )
+    """Median and largest errors by critic, and over all critics."""
+    both = pd.concat([raw, raw.assign(environment="all", width=0)])
+    columns = {"error_median": ("error", "median"), "error_max": ("error", "max"), "ms_median": ("ms", "median")}
+    columns |= {"failed": ("failed", "sum"), "solves": ("failed", "size")}
+    return both.groupby(["environment", "width", "solver", "rank", "damping"], sort=False).agg(**columns).reset_index()
 
 
 def plot_accuracy(plt: Any, table: pd.DataFrame) -> Any:
-    figure, axes = plt.subplots(1, len(STEPS), figsize=(14, 4.8), sharex=True, sharey=True, layout="constrained")
-    for ax, env_id in zip(axes, STEPS, strict=True):
-        here = table[table.environment == env_id].set_index(["solver", "size"])[["ms_median", "u_median"]]
-        default = here.loc["values", RANK]
-        ax.plot(*default, "*", ms=18, color=COLOURS["values"], mec="black", zorder=5, label=f"default: values, rank {RANK}")
-        for name in SIZES:
-            if name == "exact":
-                ax.axvline(here.loc[name, 0].ms_median, color=COLOURS[name], ls=":", label="time of exact")
-                continue
-            width = 2.4 if name == "values" else 1.4
-            ax.loglog(*here.loc[name].to_numpy().T, "o-", ms=3, lw=width, color=COLOURS[name], label=LABELS[name])
-        for name, x, side in (("values", -7, "right"), ("gaussian", 5, "left")):
-            for rank in (RANKS[0], RANKS[-1]):
-                offset = {"textcoords": "offset points", "xytext": (x, -3), "ha": side, "fontsize": 8}
-                ax.annotate(f"rank {rank}", here.loc[name, rank], color=COLOURS[name], **offset)
-        ax.axhline(0.1, color=GREY, ls="--", lw=1)
-        ax.set(title=env_id, xlabel="time of one solve (ms)", xlim=(0.06, 150), ylim=(3e-6, 90))
+    figure, axes = plt.subplots(1, len(DAMPINGS), figsize=(12, 4.4), sharey=True, layout="constrained")
+    for axis, damping in zip(axes, DAMPINGS, strict=True):
+        here = table[(table.environment == "all") & (table.damping == damping)]
+        for name, colour in COLOURS.items():
+            rows = here[here.solver == name]
+            if name in SKETCHES:
+                axis.loglog(rows["rank"], rows.error_median, "o-", color=colour, label=f"nystrom, {name}")
+            elif name != "exact":
+                axis.axhline(rows.error_median.item(), color=colour, ls="--", label=name)
+        axis.axhline(0.1, color="black", lw=0.5)
+        axis.set(title=f"damping {damping:g}", xlabel="rank")
+        axis.set_xticks(RANKS, RANKS)
+        axis.minorticks_off()
     axes[0].set_ylabel("relative error of u (median)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -237,16 +179,17 @@ def plot_accuracy(plt: Any, table: pd.DataFrame) -> Any:
 
 # (b)
 
-N_INPUTS = 17
-GROWTH_SOLVERS = {"values": RANK, "gaussian": RANK, "columns": RANK, "cg": 50, "exact": 0}
+SIZES = (2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+#: By the critic's width; "exact" takes time as N³
+GROWING = {64: ("values", "gaussian", "columns", "cg", "exact", "values" + ROWS), 256: ("values", "values" + ROWS)}
+MAX_EXACT = 5_000
 
 
 def random_problem(n: int, width: int) -> Problem:
-    """N consecutive states of one environment, and the state after them."""
     th.manual_seed(0)
-    chain = Chain([nn.Linear(N_INPUTS, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)])
-    observations = th.randn(n + 1, N_INPUTS)
-    return Problem(lambda: ChainJacobian(chain, observations), th.randn(n + 1) / n, th.randn(n))
+    box, net_arch = spaces.Box(-np.inf, np.inf, (17,)), [width, width]
+    policy = ActorCriticPolicy(box, spaces.Discrete(2), lambda _: 0.0, net_arch).train(False)
+    return Problem(policy, th.randn(n + 1, 17), n, th.randn(n + 1) / n)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -259,155 +202,53 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return int(np.cumsum([event.nbytes() for event in events]).max())
 
 
-@th.no_grad()
-def cost(name: str, size: int, n: int, width: int) -> dict[str, Any]:
-    """Time and memory of one solve."""
-    problem = random_problem(n, width)
-    solver = make(name, size, tol=0)
-    n_params = problem.jacobian().n_params
-
-    def draw() -> None:
-        solver.draw(th.zeros(n_params), th.Generator().manual_seed(0))
-
-    def solve() -> float:
-        start = time.thread_time()
-        problem.u(problem.jacobian(), solver)
-        return time.thread_time() - start
-
-    def draw_and_solve() -> None:
-        draw()
-        times.append(solve())
-
-    times: list[float] = []
-    n_bytes = peak_bytes(draw_and_solve)
-    if times[0] < 2:  # else one is enough, and the profiler's own time does not count
-        times = [solve()]
-        while len(times) < 3 or (len(times) < 20 and sum(times) < 0.3):
-            times.append(solve())
-    return {
-        "solver": name, "size": size, "N": n, "P": n_params, "width": width,
-        "ms": 1000 * float(np.median(times)), "MiB": n_bytes / 2**20,
-    }  # fmt: skip
-
-
-class Sweep(NamedTuple):
-    """
-    :param title: What the panel shows
-    :param x: What grows: "N", "P" or "size"
-    :param cells: (solver, size, N, width)
-    """
-
-    title: str
-    x: str
-    cells: list[tuple[str, int, int, int]]
-
-
-def by_default(points: list[tuple[int, int]]) -> list[tuple[str, int, int, int]]:
-    return [(name, size, n, w) for name, size in GROWTH_SOLVERS.items() for n, w in points if name != "exact" or n <= 2048]
-
-
-SWEEPS = [
-    Sweep("critic 64-64", "N", by_default([(2**k, 64) for k in range(6, 14)])),
-    Sweep("critic 1024-1024", "N", by_default([(n, 1024) for n in (512, 2048, 8192)])),
-    Sweep("N = 256, critics 64-64 to 1024-1024", "P", by_default([(256, width) for width in (64, 128, 256, 512, 1024)])),
-    Sweep(
-        "N = 256, critic 64-64",
-        "size",
-        [(sketch, rank, 256, 64) for sketch in SKETCHES for rank in (1, 2, 5, 10, 20, 50, 100, 200)],
-    ),
-]
-AXES = {"N": "minibatch N", "P": "parameters P", "size": "rank"}
-
-
-def growth() -> pd.DataFrame:
-    cost("cg", 2, 64, 64)  # whatever is slow the first time
-    return pd.DataFrame([{"sweep": i, **cost(*cell)} for i, sweep in enumerate(SWEEPS) for cell in sweep.cells])
+def growth(sizes: tuple[int, ...]) -> pd.DataFrame:
+    rows = []
+    for width, names in GROWING.items():
+        for n in sizes:
+            problem = random_problem(n, width)
+            for name in names:
+                if name == "exact" and n > MAX_EXACT:
+                    continue
+                arguments = name, IHVP_DEFAULTS["rank"], IHVP_DEFAULTS["damping"], 0
+                mib = peak_bytes(lambda arguments=arguments, problem=problem: problem.u(*arguments)) / 2**20  # type: ignore[misc]
+                ms = min(timed(problem.u, *arguments)[1] for _ in range(2))
+                rows.append((width, name, n, ms, mib))
+    return pd.DataFrame(rows, columns=["width", "solver", "N", "ms", "MiB"])
 
 
 def plot_growth(plt: Any, table: pd.DataFrame) -> Any:
-    figure, axes = plt.subplots(2, len(SWEEPS), figsize=(15, 7.2), sharex="col", sharey="row", layout="constrained")
-    for i, sweep in enumerate(SWEEPS):
-        here = table[table.sweep == i]
-        top, bottom = axes[:, i]
-        for name, rows in here.groupby("solver", sort=False):
-            of_size = "" if sweep.x == "size" else {"cg": ", 50 iterations", "exact": ""}.get(name, f", rank {RANK}")
-            label = LABELS[name].split(" (")[0] + of_size
-            style = {"color": COLOURS[name], "label": label, "lw": 2.2 if name == "values" else 1.3, "ms": 3.5}
-            top.loglog(rows[sweep.x], rows.ms, "o-", **style)
-            bottom.loglog(rows[sweep.x], rows.MiB, "o-", **style)
-        points = here.drop_duplicates(sweep.x)
-        bottom.plot(points[sweep.x], 4 * points.N * points.P / 2**20, ":", color=GREY, label="N × P floats, for comparison")
-        bottom.plot(points[sweep.x], 4 * points.P**2 / 2**20, "--", color=GREY, label="P × P floats")
-        top.set(title=sweep.title)
-        bottom.set_xlabel(AXES[sweep.x])
-        if len(points) < 4:  # less than a decade or so, which has ticks of its own
-            bottom.set_xticks(points[sweep.x], points[sweep.x])
-            bottom.minorticks_off()
-    axes[0, 0].set(ylabel="time of one solve (ms)")
-    axes[1, 0].set(ylabel="its largest memory (MiB)", ylim=(0.02, 1e5))
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    for (width, name), rows in table.groupby(["width", "solver"], sort=False):
+        style = {"color": COLOURS[name], "ls": "-" if width == 64 else "--", "label": f"{name}, {width}-{width}"}
+        for axis, column in zip(axes, ("ms", "MiB"), strict=True):
+            axis.loglog(rows.N, rows[column], marker="o", ms=3, **style)
+    for axis, title in zip(axes, ("time of a response (ms)", "its largest memory (MiB)"), strict=True):
+        axis.set(title=title, xlabel="transitions N of the rollout")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def slope(table: pd.DataFrame, x: str, y: str) -> float:
-    """Of y over x in log-log, at the upper end of x: 1 for linear growth."""
-    last = table.sort_values(x).tail(3)
-    return float(np.polyfit(np.log(last[x]), np.log(last[y]), 1)[0])
-
-
-def report(table: pd.DataFrame, costs: pd.DataFrame) -> None:
-    """Print what the figures show."""
-    wide = table[table.solver != "exact"].assign(
-        cell=lambda t: t.u_median.map("{:.2g}".format) + " / " + t.u_max.map("{:.2g}".format)
-    )
-    print("\nRelative error of u, median / largest")
-    print(wide.pivot(index=["solver", "size"], columns="environment", values="cell").loc[list(SIZES)[:-1], [*STEPS, "all"]])
-    print("\nRank or iterations as default: error of u and v, distance of u to exact at 1e-4 (medians), ms")
-    default = table[
-        table["size"].isin([RANK, 0]) & table.solver.isin([*SKETCHES, "exact"])
-        | (table["size"] == 50) & (table.solver == "cg")
-    ]
-    columns = ["environment", "solver", "size", "u_median", "v_median", "u_median_from_exact_1e_4", "ms_median", "failed"]
-    print(default[columns].to_string(index=False, float_format="{:.3g}".format))
-    pooled = table[table.environment == "all"]
-    for sketch in SKETCHES:
-        good = pooled[(pooled.solver == sketch) & (pooled.u_median <= 0.1)]
-        print(
-            f"{sketch}: smallest rank with a median error of u of at most 0.1: {good['size'].min() if len(good) else 'none'}"
-        )
-    times = pooled.set_index(["solver", "size"]).ms_median
-    ratios = {name: times[name, size] / times["values", RANK] for name, size in GROWTH_SOLVERS.items()}
-    print("time of one solve, values = 1:", ", ".join(f"{name} {ratio:.1f}" for name, ratio in ratios.items()))
-    print("\nGrowth, slopes at the upper end in log-log (time, memory)")
-    for i, sweep in enumerate(SWEEPS):
-        for name, rows in costs[costs.sweep == i].groupby("solver", sort=False):
-            slopes = f"{slope(rows, sweep.x, 'ms'):5.2f}, {slope(rows, sweep.x, 'MiB'):5.2f}"
-            last = rows.iloc[-1]
-            print(f"{AXES[sweep.x]:12} {sweep.title:36} {name:10} {slopes}   at the end {last.ms:9.2f} ms {last.MiB:8.2f} MiB")
 
 
 def main() -> None:
     import matplotlib
 
+    parser = argparse.ArgumentParser(description="Error and cost of the solvers")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--rollouts", type=int, default=N_ROLLOUTS, help="trained before a critic is looked at")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    arguments = parser.parse_args()
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    start = time.perf_counter()
     th.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
-    pd.set_option("display.width", 127, "display.max_columns", 20, "display.max_rows", 200)
-
-    table = summary(pd.concat([accuracy(trained(*item)).assign(environment=item[0]) for item in STEPS.items()]))
-    print(f"accuracy: {time.perf_counter() - start:.0f} s", flush=True)
-    costs = growth()
-    for name, data, figure in (
-        ("accuracy", table, plot_accuracy(plt, table)),
-        ("growth", costs, plot_growth(plt, costs)),
-    ):
-        data.to_csv(RESULTS / f"solvers_{name}.csv", index=False, float_format="%.4g", lineterminator="\n")
-        figure.savefig(RESULTS / f"solvers_{name}.png", dpi=100, metadata={"Software": None})
-    report(table, costs)
-    print(f"\n{time.perf_counter() - start:.0f} s")
+    tables = {"accuracy": summary(accuracy(arguments.rollouts)), "growth": growth(arguments.sizes)}
+    for (name, table), plot in zip(tables.items(), (plot_accuracy, plot_growth), strict=True):
+        table.to_csv(arguments.folder / f"solvers_{name}.csv", index=False, float_format="%.4g", lineterminator="\n")
+        plot(plt, table).savefig(arguments.folder / f"solvers_{name}.png", dpi=100, metadata={"Software": None})
+    overall = tables["accuracy"].query("environment == 'all'")
+    columns = ["error_median", "ms_median"]
+    print(overall.pivot(index=["solver", "rank"], columns="damping", values=columns).to_string(float_format="{:.3g}".format))
+    print(tables["growth"].to_string(index=False, float_format="{:.4g}".format))
 
 
 if __name__ == "__main__":

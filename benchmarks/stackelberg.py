@@ -10,6 +10,7 @@ summation moves a sampled state now and then, which changes what is below the no
 (c) convergence: the conditions of a local Stackelberg equilibrium along BLPO's updates, and what each solver makes of them
 """
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -21,12 +22,11 @@ from mdp import MDP, Game, cosine, random_mdps
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_blpo.actor_critic import likelihood
-from sb3_blpo.gae import LambdaReturn
-from sb3_blpo.hypergradient import Hypergradient, hypergradient
+from sb3_blpo.gae import DiscountedSum
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solver
-from sb3_blpo.layers import LayerJacobian
-from sb3_blpo.segments import Segment
+from sb3_blpo.jacobian import LayerJacobian
+from sb3_blpo.response import best_response, correct, surrogate_weights
+from sb3_blpo.rollout import Rollout, take
 
 RESULTS = Path(__file__).parent / "results"
 LAMBDAS = [0.0, 0.5, 0.9, 0.95, 1.0]
@@ -38,41 +38,15 @@ BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
 def linear_critic(n_features: int) -> nn.Sequential:
     layer = nn.Linear(n_features, 1, bias=False).double()
     nn.init.zeros_(layer.weight)
-    return nn.Sequential(layer)
+    return nn.Sequential(layer, nn.Flatten(0))
 
 
 def weights(critic: nn.Sequential) -> th.Tensor:
     return th.nn.utils.parameters_to_vector(critic.parameters()).detach()
 
 
-def leader(
-    theta: nn.Parameter,
-    policy: th.distributions.Distribution,
-    segment: Segment,
-    critic: nn.Sequential,
-    solver: Solver | None,
-    damping: float,
-    ent_coef: float = 0.0,
-) -> Hypergradient:
-    """The package's gradient for the actor, without the cap, which the theory does not know."""
-    assert isinstance(segment.observations, th.Tensor)
-    jacobian = LayerJacobian(critic, segment.observations)
-    return hypergradient(
-        *likelihood([theta], policy.log_prob(segment.actions), policy.entropy()),
-        segment,
-        jacobian.values,
-        None if solver is None else jacobian,
-        solver,
-        clip_range=0.2,
-        normalize_advantage=False,
-        ent_coef=ent_coef,
-        damping=damping,
-        curvature="gauss_newton",
-        max_correction_ratio=None,
-    )
-
-
-def segment_of(
+@th.no_grad()
+def rollout_of(
     observations: th.Tensor,
     actions: th.Tensor,
     rewards: th.Tensor,
@@ -81,14 +55,41 @@ def segment_of(
     gamma: float,
     gae_lambda: float,
     done: th.Tensor,
-) -> Segment:
-    """A rollout of (n_steps, n_envs) rewards as one minibatch, its targets the lambda-returns under the current critic."""
-    none = th.zeros(0, dtype=th.long)
-    with th.no_grad():
-        log_prob, values = policy.log_prob(actions), critic(observations).flatten()
-    lambda_return = LambdaReturn(rewards, done, None, gamma, gae_lambda)
-    segment = Segment(observations, actions, log_prob, values, none, lambda_return)
-    return segment._replace(returns=segment.advantages(values) + values[: len(actions)])
+) -> Rollout:
+    """A rollout of (n_steps, n_envs) rewards, its targets the lambda-returns under the current critic."""
+    # Under a critic of zeros, to which `advantages_after()` adds the current one
+    advantages = DiscountedSum(done, gamma * gae_lambda)(rewards).flatten()
+    none, log_prob = th.zeros(0, dtype=th.long), policy.log_prob(actions)
+    rollout = Rollout(observations, actions, log_prob, advantages, advantages, done, none, gamma, gae_lambda)
+    values = critic(observations)
+    rollout.returns = rollout.advantages_after(values) + values[: len(rollout)]
+    return rollout
+
+
+def leader(
+    theta: nn.Parameter,
+    policy: th.distributions.Distribution,
+    rollout: Rollout,
+    critic: nn.Sequential,
+    solver: Solver | None,
+    damping: float,
+    generator: th.Generator,
+    ent_coef: float = 0.0,
+) -> th.Tensor:
+    """The package's gradient for the actor, of the rollout's policy, without the cap, which the theory does not know."""
+    values = critic(rollout.observations).detach()
+    advantages = rollout.advantages_after(values)
+    response = None
+    if solver is not None:
+        layer, n = critic[0], len(values)
+        assert isinstance(layer, nn.Linear)
+        at = functools.partial(take, rollout.observations)
+        jacobian = LayerJacobian([layer], critic, at, n, len(rollout), [layer.weight], n)
+        of_returns = surrogate_weights(th.ones_like(advantages), advantages, 0.2)
+        response = best_response(rollout, jacobian, of_returns, values, solver, damping, "gauss_newton", generator)
+    W = correct(advantages, response, None).weights
+    objective = (policy.log_prob(rollout.actions) * W).mean() + ent_coef * policy.entropy().mean()
+    return th.autograd.grad(objective, theta)[0]
 
 
 # (a)
@@ -161,10 +162,10 @@ class Quadratic:
         states = th.stack([th.zeros(4).double(), a[0], th.zeros(4).double()]).view(-1, 1)
         rewards = th.stack([self.k * a[0] ** 2 / 2, -a[0] * a[1]])
         policy = th.distributions.Normal(mean, self.sigma)
-        segment = segment_of(states, a.flatten(), rewards, policy, self.critic, 1.0, 0.0, self.done)
-        step = leader(mean, policy, segment, self.critic, solver, damping=1e-9).gradient
+        rollout = rollout_of(states, a.flatten(), rewards, policy, self.critic, 1.0, 0.0, self.done)
+        step = leader(mean, policy, rollout, self.critic, solver, 1e-9, th.Generator())
         (follower,) = th.autograd.grad(
-            F.mse_loss(self.critic(segment.states).flatten(), segment.returns), list(self.critic.parameters())
+            F.mse_loss(self.critic(rollout.states), rollout.returns), list(self.critic.parameters())
         )
         return step.item(), follower.item()
 
@@ -261,8 +262,8 @@ def sample(game: Game, rng: np.random.Generator) -> tuple[th.Tensor, th.Tensor, 
 
 
 def train(mdp: MDP, solver: Solver | None, damping: float, n_iterations: int) -> list[Iteration]:
-    """Algorithm 1 with plain gradient steps and one minibatch of 1e5 transitions in each iteration."""
-    rng, sketches = np.random.default_rng(0), th.Generator().manual_seed(0)
+    """Algorithm 1 with plain gradient steps and a full batch of 1e5 transitions in each iteration."""
+    rng, generator = np.random.default_rng(0), th.Generator().manual_seed(0)
     n_states, n_actions = mdp.r.shape
     theta, critic = nn.Parameter(th.zeros(n_states, n_actions - 1).double()), linear_critic(N_FEATURES)
     actor_optimizer = th.optim.SGD([theta], lr=ACTOR_RATE, maximize=True)
@@ -274,18 +275,16 @@ def train(mdp: MDP, solver: Solver | None, damping: float, n_iterations: int) ->
         states, actions, last = sample(Game(mdp, logits, omega), rng)
         policy = th.distributions.Categorical(logits=logits[states.flatten()], validate_args=False)
         observations = mdp.features[th.cat([states.flatten(), last])]
-        segment = segment_of(
+        rollout = rollout_of(
             observations, actions.flatten(), mdp.r[states, actions], policy, critic, mdp.gamma, mdp.gae_lambda, done
         )
         follower = []
         for _ in range(N_CRITIC_UPDATES):
             critic_optimizer.zero_grad()
-            F.mse_loss(critic(segment.states).flatten(), segment.returns).backward()
+            F.mse_loss(critic(rollout.states), rollout.returns).backward()
             follower += [parameter.grad.flatten() for parameter in critic.parameters() if parameter.grad is not None]
             critic_optimizer.step()
-        if solver is not None:
-            solver.draw(weights(critic), sketches)
-        gradient = leader(theta, policy, segment, critic, solver, damping, ENT_COEF).gradient.view_as(theta)
+        gradient = leader(theta, policy, rollout, critic, solver, damping, generator, ENT_COEF)
         history.append(Iteration(theta.detach().clone(), omega, weights(critic), follower[0], gradient))
         theta.grad = gradient
         actor_optimizer.step()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import secrets
 import shutil
@@ -63,7 +64,7 @@ def foreign(name: str) -> ValueError:
 
 def check_saved_by_blpo(path: str | Path | io.BufferedIOBase) -> None:
     """
-    Refuse what :meth:`BLPO.save` has not written, or what did not arrive as a whole.
+    Refuse what :meth:`BLPO.save` has not written, or what did not arrive as a whole. Nothing is unpickled.
 
     :param path: The file, as for :meth:`BLPO.load`
     :raises ValueError: If it is no zip, damaged, or not from BLPO
@@ -75,7 +76,8 @@ def check_saved_by_blpo(path: str | Path | io.BufferedIOBase) -> None:
         try:
             with zipfile.ZipFile(file) as archive:
                 names = archive.namelist()
-                damaged = _first_damaged(archive) if "critic_optimizer.pth" in names else None
+                damaged = archive.testzip()
+                attributes = json.loads(archive.read("data")) if "data" in names and damaged is None else {}
         except Exception as error:  # Damage shows in many ways: BadZipFile, EOFError, NotImplementedError, zlib.error, ...
             raise ValueError(f"`{path}` wasn't a zip-file, or is a damaged one: {error}.") from error
         finally:
@@ -87,14 +89,8 @@ def check_saved_by_blpo(path: str | Path | io.BufferedIOBase) -> None:
             raise ValueError(f"`{path}` is not a saved model, or only part of one: there is no `{name}` in it.")
     if "critic_optimizer.pth" not in names:
         raise foreign(f"`{path}` was")
-
-
-def _first_damaged(archive: zipfile.ZipFile) -> str | None:
-    for member in archive.infolist():
-        try:
-            content = archive.read(member)
-        except zipfile.BadZipFile:
-            return member.filename
-        if len(content) != member.file_size:  # A size that is too large is not noticed on reading
-            return member.filename
-    return None
+    if "critic_rollouts" not in attributes:
+        raise ValueError(
+            f"`{path}` was saved by the unreleased first edition of BLPO, whose optimizers and arguments are others: train "
+            "the model anew."
+        )

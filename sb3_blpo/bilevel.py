@@ -158,7 +158,8 @@ class Bilevel(OnPolicyAlgorithm):
         rollout = self._finished_rollout()
         latest = [*self._former_rollouts, (rollout.states, rollout.returns)][-self._n_critic_rollouts :]
         states, returns = joined(latest)
-        n_critic_steps = self.n_critic_updates * -(-len(rollout) // self.batch_size)
+        # numpy's integers may be 8 bits, and torch refuses them
+        n_critic_steps = int(self.n_critic_updates) * -(-len(rollout) // int(self.batch_size))
         epochs: list[Epoch] = []
         response: Response | None = None
         with self._undone_on_error() as buffers:
@@ -223,7 +224,7 @@ class Bilevel(OnPolicyAlgorithm):
             self.engine,
             self.policy,
             self.critic_optimizer,
-            batch_size=self.batch_size,
+            batch_size=int(self.batch_size),
             clip_range=scheduled("clip_range", as_schedule("clip_range", self.clip_range), progress),
             ent_coef=self.ent_coef,
             max_grad_norm=self.max_grad_norm,

@@ -6,6 +6,7 @@ J is never held as a whole. For a critic made of Linear and Conv2d layers all pr
 signals: :class:`LayerJacobian`. For any other critic the rows of some random states are formed: :class:`SampledJacobian`.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,20 +15,13 @@ import torch as th
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, grad, vmap
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map
+
+from sb3_blpo.rows import AllLayers, FormedRows, LinearRows, Rows, conv_rows, flatten
 
 #: A critic that is not made of layers: how many rows are formed at most, and how large they may be together
 MAX_SAMPLED_ROWS = 256
 MAX_SAMPLED_BYTES = 2**28
-
-
-def flatten(parts: Sequence[th.Tensor]) -> th.Tensor:
-    """
-    :param parts: Tensors
-    :return: One vector of all their elements
-    """
-    return th.cat([part.flatten() for part in parts])
 
 
 def unflatten(v: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
@@ -38,135 +32,6 @@ def unflatten(v: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
     """
     parts = v.split([parameter.numel() for parameter in parameters])
     return [part.view_as(parameter).to(parameter.dtype) for part, parameter in zip(parts, parameters, strict=True)]
-
-
-class Rows(ABC):
-    """Some rows of J, or the part of them that belongs to one layer."""
-
-    @abstractmethod
-    def J_v(self, v: th.Tensor) -> th.Tensor:
-        """
-        :param v: A parameter vector (n_params,)
-        :return: J v (n_rows,)
-        """
-
-    @abstractmethod
-    def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        """
-        :param w: A coefficient for each row (n_rows,)
-        :return: J^T w (n_params,)
-        """
-
-    @abstractmethod
-    def gram(self, other: Any) -> th.Tensor:
-        """
-        :param other: k rows of the same kind
-        :return: Inner products of these rows with the others (n_rows, k)
-        """
-
-    @abstractmethod
-    def squared_norms(self) -> th.Tensor:
-        """
-        :return: Of each row (n_rows,)
-        """
-
-
-class FormedRows(Rows):
-    """
-    Rows as a matrix.
-
-    :param matrix: (n_rows, n_params)
-    """
-
-    def __init__(self, matrix: th.Tensor) -> None:
-        self.matrix = matrix
-
-    def J_v(self, v: th.Tensor) -> th.Tensor:
-        return self.matrix @ v
-
-    def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        return w @ self.matrix
-
-    def gram(self, other: "FormedRows") -> th.Tensor:
-        return self.matrix @ other.matrix.T
-
-    def squared_norms(self) -> th.Tensor:
-        return self.matrix.square().sum(dim=1)
-
-
-class LinearRows(Rows):
-    """
-    Of a Linear layer: the gradient of V(s_j) by its weight is the outer product of the layer's signal delta[j] = dV/dz and
-    its input h[j], so every product is a matrix product with these factors.
-
-    :param h: The layer's inputs (n_rows, n_in)
-    :param delta: Derivatives of the values by its outputs (n_rows, n_out)
-    :param has_bias: Whether it has a bias, which sees the constant input 1
-    """
-
-    def __init__(self, h: th.Tensor, delta: th.Tensor, has_bias: bool) -> None:
-        self.h = F.pad(h, (0, 1), value=1.0) if has_bias else h
-        self.delta = delta
-        self.has_bias = has_bias
-
-    def J_v(self, v: th.Tensor) -> th.Tensor:
-        n_out, n_in = self.delta.shape[1], self.h.shape[1]
-        if self.has_bias:
-            v = th.cat([v[:-n_out].view(n_out, n_in - 1), v[-n_out:, None]], dim=1)
-        return th.linalg.vecdot(self.h, self.delta @ v.view(n_out, n_in))
-
-    def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        product = (self.delta * w[:, None]).T @ self.h
-        return flatten([product[:, :-1], product[:, -1]] if self.has_bias else [product])
-
-    def gram(self, other: "LinearRows") -> th.Tensor:
-        return (self.delta @ other.delta.T).mul_(self.h @ other.h.T)
-
-    def squared_norms(self) -> th.Tensor:
-        return th.linalg.vecdot(self.delta, self.delta) * th.linalg.vecdot(self.h, self.h)
-
-
-def conv_rows(layer: nn.Conv2d, h: th.Tensor, delta: th.Tensor) -> FormedRows:
-    """
-    Rows of a Conv2d layer: weights shared over the image leave no outer product, but are few.
-
-    :param layer: The layer
-    :param h: Its inputs (n_rows, n_channels, height, width)
-    :param delta: Derivatives of the values by its outputs (n_rows, n_out, height', width')
-    :return: Its part of J
-    """
-    patches = F.unfold(h, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
-    delta = delta.flatten(2)
-    by_weight = (delta @ patches.transpose(1, 2)).flatten(1)
-    return FormedRows(by_weight if layer.bias is None else th.cat([by_weight, delta.sum(dim=2)], dim=1))
-
-
-class AllLayers(Rows):
-    """
-    Rows of a critic that is made of layers.
-
-    :param parts: Of each layer
-    :param sizes: How many parameters each layer has
-    """
-
-    def __init__(self, parts: Sequence[Rows], sizes: Sequence[int]) -> None:
-        self.parts = parts
-        self.sizes = list(sizes)
-
-    def J_v(self, v: th.Tensor) -> th.Tensor:
-        return th.stack([part.J_v(own) for part, own in zip(self.parts, v.split(self.sizes), strict=True)]).sum(dim=0)
-
-    def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        return th.cat([part.Jt_w(w) for part in self.parts])
-
-    def gram(self, other: "AllLayers") -> th.Tensor:
-        gram = self.parts[0].gram(other.parts[0])
-        for part, theirs in zip(self.parts[1:], other.parts[1:], strict=True):
-            gram += part.gram(theirs)
-        return gram
-
-    def squared_norms(self) -> th.Tensor:
-        return th.stack([part.squared_norms() for part in self.parts]).sum(dim=0)
 
 
 class Values(nn.Module):
@@ -215,7 +80,7 @@ class Jacobian(ABC):
         self.n_params = sum(parameter.numel() for parameter in parameters)
         self.batch_size = batch_size
         #: The states that the curvature is made from: all, or a sample of them
-        self.loss_states = th.arange(n_states)
+        self.loss_states = th.arange(n_states, device="cpu")
 
     @abstractmethod
     def at(self, index: th.Tensor) -> Rows:
@@ -243,7 +108,7 @@ class Jacobian(ABC):
         :return: J^T c, the gradient of sum_j c_j V(s_j) (n_params,)
         """
         total = c.new_zeros(self.n_params)
-        for index in th.arange(self.n_observations).split(self.batch_size):
+        for index in th.arange(self.n_observations, device="cpu").split(self.batch_size):
             total += self._differentiate(self._values(index), c[index])
         return total
 
@@ -288,6 +153,8 @@ class LayerJacobian(Jacobian):
     def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], *arguments: Any) -> None:
         super().__init__(*arguments)
         self.layers = layers
+        if all(isinstance(layer, nn.Linear) for layer in layers):  # whose memory is small
+            self.batch_size = max(self.batch_size, 4096)
         self.sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
         self._kept: list[Rows] | None = None
 
@@ -305,10 +172,12 @@ class LayerJacobian(Jacobian):
 
     def at(self, index: th.Tensor) -> Rows:
         seen: dict[nn.Module, list[tuple[th.Tensor, Any]]] = {layer: [] for layer in self.layers}
+        thread = threading.get_ident()
 
         def see(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
-            # The edge stays where it is if the output is changed in place
-            seen[layer].append((inputs[0].detach(), get_gradient_edge(output)))
+            # The edge stays where it is if the output is changed in place. Users' threads may call the critic meanwhile
+            if threading.get_ident() == thread:
+                seen[layer].append((inputs[0].detach(), get_gradient_edge(output)))
 
         hooks = [layer.register_forward_hook(see, prepend=True) for layer in self.layers]
         try:
@@ -334,13 +203,13 @@ class LayerJacobian(Jacobian):
         :return: Whether what the layers give for a few rows is what automatic differentiation gives; not so where a layer is
             called twice, or its weights are used in another way, or values depend on one another's observations
         """
-        index = th.linspace(0, self.n_observations - 1, min(self.n_observations, 16)).long()
+        index = th.linspace(0, self.n_observations - 1, min(self.n_observations, 16), device="cpu").long()
         try:
             rows = self.at(index)
         except RuntimeError:
             return False
         values = self._values(index)
-        w = th.linspace(1, 2, len(index)).to(values)
+        w = th.linspace(1, 2, len(index), device="cpu").to(values)
         exact = self._differentiate(values, w).split(self.sizes)
         for given, true in zip(rows.Jt_w(w).split(self.sizes), exact, strict=True):
             # Far above rounding; what is not finite says nothing about the layers
@@ -361,7 +230,7 @@ class SampledJacobian(Jacobian):
     def __init__(self, generator: th.Generator, *arguments: Any) -> None:
         super().__init__(*arguments)
         n = min(MAX_SAMPLED_ROWS, max(1, MAX_SAMPLED_BYTES // (4 * self.n_params)), self.n_states)
-        self.loss_states = th.randperm(self.n_states, generator=generator)[:n].sort().values
+        self.loss_states = th.randperm(self.n_states, generator=generator, device="cpu")[:n].sort().values
         self._rows = self.at(self.loss_states)
 
     def chunks(self) -> Iterable[Rows]:
@@ -396,7 +265,7 @@ class SampledJacobian(Jacobian):
             for sign in (1, -1):
                 for parameter, start, part in zip(self.parameters, before, unflatten(v, before), strict=True):
                     parameter.copy_(start + sign * step * part)
-                parts = th.arange(self.n_states).split(self.batch_size)
+                parts = th.arange(self.n_states, device="cpu").split(self.batch_size)
                 values.append(th.cat([self.critic(self.take(index)) for index in parts]))
         finally:
             for parameter, start in zip(self.parameters, before, strict=True):
@@ -415,7 +284,9 @@ def layers_of(critic: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.
     if [id(parameter) for layer in layers for parameter in layer._parameters.values() if parameter is not None] != own:
         return None
     plain = [layer for layer in layers if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and _is_plain(layer))]
-    return plain if plain and len(plain) == len(layers) else None
+    if len(plain) != len(layers) or any(layer._parameters.keys() != {"weight", "bias"} for layer in plain):  # weight_norm
+        return None
+    return plain or None
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:

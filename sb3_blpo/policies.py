@@ -61,7 +61,7 @@ def _unshare_features_extractor(policy: ActorCriticPolicy) -> dict[int, nn.Param
         except RuntimeError as error:  # old-style weight_norm
             raise ValueError(
                 f"The critic gets a copy of the features extractor, but {type(extractor).__name__} cannot be copied "
-                f"({error}); use `policy_kwargs`={'share_features_extractor': False}."
+                f"({error}); use `policy_kwargs`={{'share_features_extractor': False}}."
             ) from error
         policy.share_features_extractor = False
         twins = policy.vf_features_extractor.parameters()
@@ -78,14 +78,17 @@ def _constructor_parameters(policy: ActorCriticPolicy) -> dict[str, Any]:
 def _split(policy: ActorCriticPolicy) -> tuple[set[int], set[int]]:
     """Ids of the parameters that the action distribution depends on, and of those that the value depends on."""
     named = {name: p for name, p in policy.named_parameters() if p.is_floating_point()}
-    trainable = {name for name, parameter in named.items() if parameter.requires_grad}
+    trainable = [name for name, parameter in named.items() if parameter.requires_grad]
     observations = policy.obs_to_tensor(_examples(policy.observation_space))[0]
     policy.set_training_mode(False)
+    buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
     for parameter in named.values():  # frozen ones have a side as well, and may be trained later
         parameter.requires_grad_(True)
     try:
         actor, critic = (_dependences(output, named) for output in _outputs(policy, observations))
     except (TypeError, AttributeError) as error:
+        if policy.share_features_extractor:
+            raise
         raise ValueError(
             f"{type(policy).__name__} failed ({error}). In BLPO the critic has a features extractor of its own: where "
             "`share_features_extractor` is False, `extract_features(obs)` returns two tensors; take the actor's features by "
@@ -95,6 +98,8 @@ def _split(policy: ActorCriticPolicy) -> tuple[set[int], set[int]]:
     finally:
         for name, parameter in named.items():
             parameter.requires_grad_(name in trainable)
+        for name, buffer in policy.named_buffers():  # what an extractor counts in each forward pass
+            buffer.data = buffers.get(name, buffer)
     for name in trainable:
         if (name in actor) == (name in critic):
             raise ValueError(
@@ -115,8 +120,9 @@ def _dependences(output: th.Tensor, named: dict[str, nn.Parameter]) -> set[str]:
 @th.enable_grad()
 def _outputs(policy: ActorCriticPolicy, observations: Any) -> tuple[th.Tensor, th.Tensor]:
     """What the actor's and the critic's parameters show in."""
-    with th.no_grad():
-        actions = policy.get_distribution(observations).get_actions(deterministic=True)
+    with th.no_grad(), th.random.fork_rng(devices=[]):
+        actions = policy(observations)[0]  # the way in which rollouts are collected
+        actions = actions.flatten(1) if actions.ndim > 1 else actions  # as the buffer holds them
     _, log_prob, entropy = policy.evaluate_actions(observations, actions)
     values = policy.predict_values(observations)
     with th.no_grad():
@@ -140,20 +146,24 @@ def check_optimizers(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optim
     """
     :param policy: The policy with the actor's optimizer
     :param critic_optimizer: The critic's
-    :raises ValueError: If the two share a parameter, or have one that is not the policy's
+    :raises ValueError: Unless each trainable parameter of the policy is in one of them, and nothing else is
     """
     names = {id(parameter): name for name, parameter in policy.named_parameters()}
-    taken: set[int] = set()
-    for which, optimizer in (("policy.optimizer", policy.optimizer), ("critic_optimizer", critic_optimizer)):
-        ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    actor, critic = (
+        {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for optimizer in (policy.optimizer, critic_optimizer)
+    )
+    for which, ids in (("policy.optimizer", actor), ("critic_optimizer", critic)):
         if not ids <= names.keys():
             raise ValueError(
-                f"`{which}` has parameters that are not the policy's (was a network or the policy replaced?): make both "
-                "optimizers anew for the parameters that they shall train, or load the weights with `set_parameters`."
+                f"`{which}` has parameters that are not the policy's (was a network replaced?): make it anew, or load "
+                "the weights with `set_parameters`."
             )
-        if common := ids & taken:
+    for key, parameter in zip(names, policy.parameters(), strict=True):
+        if key in actor & critic:
             raise ValueError(
-                f"`policy.optimizer` and `critic_optimizer` both have `{names[min(common)]}`: give `policy.optimizer` the "
-                "actor's parameters alone, those of the optimizer that it replaces."
+                f"`policy.optimizer` and `critic_optimizer` both have `{names[key]}`: give `policy.optimizer` the actor's "
+                "parameters alone, those of the optimizer that it replaces."
             )
-        taken |= ids
+        if parameter.requires_grad and key not in actor | critic:
+            raise ValueError(f"`{names[key]}` is trainable, but no optimizer has it: give it to one, or freeze it.")

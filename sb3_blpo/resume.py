@@ -24,6 +24,7 @@ from sb3_blpo.archive import atomic_file
 from sb3_blpo.bilevel import torch_generator_states
 from sb3_blpo.blpo import BLPO
 from sb3_blpo.checks import POSITIVE, check
+from sb3_blpo.rollout import each
 
 #: What a checkpoint has more than a saved model
 ENTRY = "resume.pkl"
@@ -31,8 +32,9 @@ ENTRY = "resume.pkl"
 
 class ResumableCheckpoint(BaseCallback):
     """
-    Save the model, its environment and all generators between two rollouts, in one zip for :func:`resume` (and for
-    ``BLPO.load``), replaced as a whole each time, and when ``learn`` ends after a whole rollout.
+    Save the model, the rollouts that its critic fits, its environment and all generators between two rollouts, in one zip for
+    :func:`resume` (and for ``BLPO.load``), replaced as a whole each time, and when ``learn`` ends after a whole rollout. An
+    environment that holds the model or its policy (self-play) holds the resumed one afterwards.
 
     Resume with the same callback: what it does is then the same, too.
 
@@ -86,10 +88,18 @@ class ResumableCheckpoint(BaseCallback):
         if self.reset_env:
             generator = th.Generator().set_state(generators["torch"])  # a copy: training goes on with what it would draw
             seed = int(th.randint(2**31, (), generator=generator))
-        state: dict[str, Any] = {"class": type(self.model).__name__, "generators": generators, "seed": seed}
+        state: dict[str, Any] = {
+            "class": type(self.model).__name__,
+            "generators": generators,
+            "seed": seed,
+            "former_rollouts": [
+                (each(lambda obs: obs.numpy(force=True), observations), returns.numpy(force=True))
+                for observations, returns in self.model._former_rollouts
+            ],
+        }
         normalize = self.model.get_vec_normalize_env()
         if seed is None:
-            state["env"] = _pickled(self.training_env)
+            state["env"] = _pickled(self.training_env, self.model)
         elif normalize is not None:
             state["statistics"] = pickle.dumps((normalize.obs_rms, normalize.ret_rms))
         with atomic_file(self.save_path) as file:
@@ -129,7 +139,11 @@ def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[BL
         raise ValueError(
             f"`{path}` was saved with `reset_env`={env is None}, so `env` {'must' if env is None else 'cannot'} be given."
         )
-    model.set_env(pickle.loads(state["env"]) if env is None else env, force_reset=False)
+    model.set_env(_Unpickler(state["env"], model).load() if env is None else env, force_reset=False)
+    model._former_rollouts = [
+        (each(lambda obs: th.as_tensor(obs, device=model.device), observations), th.as_tensor(returns, device=model.device))
+        for observations, returns in state.get("former_rollouts", [])
+    ]
     normalize = model.get_vec_normalize_env()
     if "statistics" in state and normalize is not None:
         normalize.obs_rms, normalize.ret_rms = pickle.loads(state["statistics"])
@@ -160,7 +174,17 @@ def _set_generator_states(states: dict[str, Any]) -> None:
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Pickles environments as they are: with the wrapped ones, which VecNormalize leaves out, and what EzPickle makes anew."""
+    """
+    Pickles environments as they are: with the wrapped ones, which VecNormalize leaves out, and what EzPickle makes anew. Of
+    the model and its policy, which they may hold for self-play, the names alone.
+    """
+
+    def __init__(self, file: io.BytesIO, model: BLPO) -> None:
+        super().__init__(file)
+        self.names = {id(model): "model", id(model.policy): "policy"}
+
+    def persistent_id(self, obj: Any) -> str | None:
+        return self.names.get(id(obj))
 
     def reducer_override(self, obj: Any) -> Any:
         made_anew = isinstance(obj, EzPickle) and type(obj).__getstate__ is EzPickle.__getstate__
@@ -170,16 +194,27 @@ class _Pickler(cloudpickle.Pickler):
         return super().reducer_override(obj)
 
 
+class _Unpickler(pickle.Unpickler):
+    """Reads what :class:`_Pickler` wrote."""
+
+    def __init__(self, pickled: bytes, model: BLPO) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self.model = model
+
+    def persistent_load(self, name: str) -> Any:
+        return {"model": self.model, "policy": self.model.policy}[name]
+
+
 def _set_attributes(obj: Any, attributes: dict[str, Any]) -> None:
     obj.__dict__.update(attributes)
     if isinstance(obj, VecEnvWrapper):
         obj.class_attributes = dict(inspect.getmembers(type(obj)))
 
 
-def _pickled(env: Any) -> bytes:
+def _pickled(env: Any, model: BLPO) -> bytes:
     file = io.BytesIO()
     try:
-        _Pickler(file).dump(env)
+        _Pickler(file, model).dump(env)
     except Exception as error:
         raise ValueError(
             f"The environment cannot be pickled ({error}); use `ResumableCheckpoint(..., reset_env=True)`, which seeds and "

@@ -4,135 +4,144 @@ The definition of BLPO's update by loops and dense automatic differentiation in 
 Everything here takes functions of flat parameter vectors and knows nothing of the closed forms that it is compared with.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import parameters_to_vector
 
-from sb3_blpo.segments import Segment
+from sb3_blpo.rollout import Rollout
 
 FlatFunction = Callable[[th.Tensor], th.Tensor]
 
 
-def as_flat_function(module: nn.Module, observations: th.Tensor) -> tuple[FlatFunction, th.Tensor]:
-    """Return the module's outputs as a function of its flat parameters, and these parameters."""
-    shapes = [(name, p.shape, p.numel()) for name, p in module.named_parameters()]
+def as_flat_function(module: nn.Module, parameters: Iterable[nn.Parameter], *inputs: Any) -> tuple[FlatFunction, th.Tensor]:
+    """Return the module's outputs (n,) as a function of these of its parameters, flattened and joined, and their values."""
+    parameters = list(parameters)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
 
     def function(flat: th.Tensor) -> th.Tensor:
-        parts = flat.split([n for _, _, n in shapes])
-        return functional_call(
-            module, {name: part.view(shape) for (name, shape, _), part in zip(shapes, parts, strict=True)}, (observations,)
-        )
+        parts = flat.split([parameter.numel() for parameter in parameters])
+        changed = {names[id(p)]: part.view_as(p) for p, part in zip(parameters, parts, strict=True)}
+        return functional_call(module, changed, inputs).flatten()
 
-    return function, parameters_to_vector(module.parameters()).detach()
+    return function, th.cat([parameter.detach().flatten() for parameter in parameters])
 
 
-def lambda_returns(segment: Segment, values: th.Tensor) -> th.Tensor:
-    """Return Q_t (T, B) by the recursion of the definition, differentiable by the values of the segment's observations."""
-    block = segment.lambda_return
-    gamma, gae_lambda = block.gamma, block.gae_lambda
-    T, B = segment.shape
-    V = [[values[t * B + b] for b in range(B)] for t in range(T)] + [[values[T * B + b] for b in range(B)]]
-    terminal = {int(index): values[T * B + B + i] for i, index in enumerate(segment.truncated)}
-    Q = [[th.zeros(())] * B for _ in range(T)]
-    for b in range(B):
-        following = V[T][b] if block.last_returns is None else block.last_returns[b]
+def lambda_returns(rollout: Rollout, values: th.Tensor) -> th.Tensor:
+    """Return what the values of the rollout's observations contribute to its lambda-returns, by the recursion (N,)."""
+    T, E = rollout.done.shape
+    gamma, gae_lambda = rollout.gamma, rollout.gae_lambda
+    terminal = dict(zip(rollout.truncated.tolist(), values[T * E + E :], strict=True))
+    Q = [values.new_zeros(())] * (T * E)
+    for env in range(E):
+        following = values[T * E + env]
         for t in reversed(range(T)):
-            q = block.rewards[t, b]
-            if not block.done[t, b]:
-                q = q + gamma * ((1 - gae_lambda) * V[t + 1][b] + gae_lambda * following)
-            elif t * B + b in terminal:
-                q = q + gamma * terminal[t * B + b]
-            Q[t][b] = following = q
-    return th.stack([th.stack(row) for row in Q])
+            k = t * E + env
+            if not rollout.done[t, env]:
+                # `values[k + E]` is that of the next state, and of the observation after the rollout behind its last step
+                following = gamma * ((1 - gae_lambda) * values[k + E] + gae_lambda * following)
+            else:
+                following = gamma * terminal[k] if k in terminal else values.new_zeros(())
+            Q[k] = following
+    return th.stack(Q)
 
 
-def discounted_sums(segment: Segment, x: th.Tensor) -> th.Tensor:
-    """Return sum_{k >= t} (gamma lambda)^(k - t) x_k inside each episode of the segment (N,)."""
-    block = segment.lambda_return
-    B, done, totals = segment.shape[1], block.done.flatten(), []
+def discounted_sums(rollout: Rollout, x: th.Tensor) -> th.Tensor:
+    """Return sum_{k >= t} (gamma lambda)^(k - t) x_k inside each episode (N,)."""
+    E, done = rollout.done.shape[1], rollout.done.flatten()
+    totals = []
     for start in range(len(x)):
         total, weight, k = x[start], 1.0, start
-        while not done[k] and k + B < len(x):
-            weight, k = weight * block.gamma * block.gae_lambda, k + B
+        while not done[k] and k + E < len(x):
+            weight, k = weight * rollout.gamma * rollout.gae_lambda, k + E
             total = total + weight * x[k]
         totals.append(total)
     return th.stack(totals)
+
+
+class Bilevel:
+    """
+    The two objectives of the definition, and everything that follows from them by automatic differentiation.
+
+    :param rollout: In float64
+    :param values_of_rollout: Of its observations, under the critic that its advantages were made with
+    :param critic: Flat parameters of the critic -> values of the rollout's observations
+    :param omega: These parameters
+    :param log_prob: Flat parameters of the actor -> log pi(a_t|s_t)
+    :param theta: These parameters
+    :param clip_range: PPO's clipping parameter
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        values_of_rollout: th.Tensor,
+        critic: FlatFunction,
+        omega: th.Tensor,
+        log_prob: FlatFunction,
+        theta: th.Tensor,
+        clip_range: float,
+    ) -> None:
+        self.rollout, self.N = rollout, len(rollout)
+        self.critic, self.omega = critic, omega
+        self.log_prob, self.theta = log_prob, theta
+        self.clip_range = clip_range
+        # Lambda-returns are affine in the values, and those under the rollout's critic are known
+        self.offset = rollout.advantages + values_of_rollout[: self.N] - lambda_returns(rollout, values_of_rollout)
+        self.baseline = critic(omega)[: self.N]
+        self.A = self.Q(omega) - self.baseline
+
+    def Q(self, omega: th.Tensor) -> th.Tensor:
+        return self.offset + lambda_returns(self.rollout, self.critic(omega))
+
+    def surrogate(self, theta: th.Tensor, A: th.Tensor) -> th.Tensor:
+        """min(rho_t A_t, clip(rho_t) A_t) (N,)."""
+        ratio = (self.log_prob(theta) - self.rollout.old_log_prob).exp()
+        return th.minimum(ratio * A, ratio.clamp(1 - self.clip_range, 1 + self.clip_range) * A)
+
+    def J(self, theta: th.Tensor, omega: th.Tensor) -> th.Tensor:
+        """The leader's objective."""
+        return self.surrogate(theta, self.Q(omega) - self.baseline).mean()
+
+    def R(self, theta: th.Tensor) -> th.Tensor:
+        """The follower's targets, as the actor would move them (N,)."""
+        gain = self.surrogate(theta, self.A) - self.surrogate(self.theta, self.A)
+        return self.rollout.returns + discounted_sums(self.rollout, gain)
+
+    def L(self, theta: th.Tensor, omega: th.Tensor) -> th.Tensor:
+        """The follower's loss."""
+        return (self.critic(omega)[: self.N] - self.R(theta)).square().mean()
 
 
 class Truth(NamedTuple):
     g: th.Tensor
     v: th.Tensor
     u: th.Tensor
+    e: th.Tensor
     direct: th.Tensor
     correction: th.Tensor
 
 
-def truth(
-    segment: Segment,
-    critic: FlatFunction,
-    omega: th.Tensor,
-    log_prob: FlatFunction,
-    theta: th.Tensor,
-    clip_range: float,
-    damping: float,
-    curvature: str,
-    normalize_advantage: bool = False,
-) -> Truth:
-    """
-    Differentiate the definition: J(theta, omega) and L_theta(omega) with R_theta as its target, dense Hessians and solves.
-
-    :param critic: Flat critic parameters -> values of the segment's observations
-    :param log_prob: Flat actor parameters -> log pi(a_t|s_t)
-    """
-    N = segment.n_transitions
-    values = critic(omega)
-    A = lambda_returns(segment, values).flatten() - values[:N]
-    scale = 1 / (A.std() + 1e-8) if normalize_advantage else th.ones(())
-    A_direct = (A - A.mean()) * scale if normalize_advantage else A
-    low, high = 1 - clip_range, 1 + clip_range
-
-    def ratio(theta_: th.Tensor) -> th.Tensor:
-        return th.exp(log_prob(theta_) - segment.old_log_prob)
-
-    def clipped_branch(theta_: th.Tensor) -> th.Tensor:
-        """The factor of the advantage in PPO's surrogate, its branch chosen at the current parameters."""
-        unclipped_smaller = ratio(theta) * A_direct <= ratio(theta).clamp(low, high) * A_direct
-        return th.where(unclipped_smaller, ratio(theta_), ratio(theta_).clamp(low, high))
-
-    def J(theta_: th.Tensor, omega_: th.Tensor) -> th.Tensor:
-        return (clipped_branch(theta_) * lambda_returns(segment, critic(omega_)).flatten()).mean()
-
-    def surrogate(theta_: th.Tensor) -> th.Tensor:
-        r = ratio(theta_)
-        return th.minimum(r * A_direct, r.clamp(low, high) * A_direct).mean()
-
-    def R(theta_: th.Tensor) -> th.Tensor:
-        return segment.returns + discounted_sums(segment, (clipped_branch(theta_) - clipped_branch(theta)) * A)
-
-    def L(target: th.Tensor, omega_: th.Tensor) -> th.Tensor:
-        return (critic(omega_)[:N] - target).square().mean()
-
-    jacobian = th.autograd.functional.jacobian(critic, omega)[:N]
-    gauss_newton = 2 / N * jacobian.T @ jacobian
-    H = gauss_newton
+def truth(problem: Bilevel, damping: float, curvature: str) -> Truth:
+    """Differentiate the two objectives: dense Hessians, a dense solve, a mixed second derivative."""
+    theta, omega = problem.theta, problem.omega
+    derivative = th.autograd.functional.jacobian
+    J = derivative(problem.critic, omega)[: problem.N]
+    H = gauss_newton = 2 / problem.N * J.T @ J
     if curvature == "hessian":
-        target = R(theta)
-        H = th.autograd.functional.hessian(lambda omega_: L(target, omega_), omega)
-    alpha = damping * gauss_newton.trace()
-    g = th.autograd.functional.jacobian(lambda omega_: J(theta, omega_), omega)
-    v = th.linalg.solve(H + alpha * th.eye(len(omega), dtype=omega.dtype), g)
+        H = th.autograd.functional.hessian(lambda x: problem.L(theta, x), omega)
+    g = derivative(lambda x: problem.J(theta, x), omega)
+    v = th.linalg.solve(H + damping * gauss_newton.trace() * th.eye(len(omega)).to(H), g)
+    U = derivative(lambda x: discounted_sums(problem.rollout, x), th.zeros_like(problem.A))
 
-    def slope(theta_: th.Tensor) -> th.Tensor:
+    def slope(theta: th.Tensor) -> th.Tensor:
         """grad_omega L along v, as a function of theta."""
-        omega_ = omega.clone().requires_grad_()
-        (gradient,) = th.autograd.grad(L(R(theta_), omega_), omega_, create_graph=True)
-        return gradient @ v
+        x = omega.clone().requires_grad_()
+        return th.autograd.grad(problem.L(theta, x), x, create_graph=True)[0] @ v
 
-    theta_ = theta.clone().requires_grad_()
-    (mixed,) = th.autograd.grad(slope(theta_), theta_)
-    (direct,) = th.autograd.grad(surrogate(theta_), theta_)
-    return Truth(g, v, jacobian @ v, direct, -mixed * scale)
+    x = theta.clone().requires_grad_()
+    (mixed,) = th.autograd.grad(slope(x), x)
+    direct = derivative(lambda x: problem.J(x, omega), theta)
+    return Truth(g, v, J @ v, U.T @ J @ v, direct, -mixed)

@@ -10,20 +10,20 @@ from sb3_tests import sb3_tests
 
 PLUGIN = Path(__file__).parent / "conformance"
 
-# In the manner of SB3's tests
+# In the manner of SB3's tests. NAME is replaced
 SUITE = """
 import pytest
 from stable_baselines3 import A2C, PPO, SAC
 
-MODELS = {"ppo": PPO, "sac": SAC}
+MODELS = {"mine": NAME, "sac": SAC}
 
 @pytest.fixture
 def model():
-    return PPO("MlpPolicy", "CartPole-v1", 0.01, vf_coef=0.1)
+    return NAME("MlpPolicy", "CartPole-v1", 0.01, vf_coef=0.1, max_grad_norm=0.4)
 
 def test_fixture(model):
-    assert (type(model).__name__, type(model).__mro__[1].__name__) == ("PPO", "BLPO")
-    assert (model.learning_rate, model.critic_learning_rate, model.batch_size) == (0.01, 0.001, 64)
+    assert (type(model).__name__, type(model).__mro__[1].__name__) == ("NAME", "BLPO")
+    assert (model.learning_rate, model.vf_coef, model.max_grad_norm) == (0.01, 0.1, 0.4)
 
 @pytest.mark.parametrize("model_class", [PPO, A2C, SAC])
 def test_parameter(model_class):
@@ -31,33 +31,33 @@ def test_parameter(model_class):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_table(name):
-    if name == "ppo":
-        PPO("MlpPolicy", "CartPole-v1")
+    if name == "mine":
+        arguments = {"use_rms_prop": False} if NAME is A2C else {}
+        NAME("MlpPolicy", "CartPole-v1", **arguments)
 
 def test_refusal():
-    with pytest.raises(AssertionError):
-        PPO("MlpPolicy", "CartPole-v1", clip_range_vf=-1)
+    NAME("MlpPolicy", "CartPole-v1", n_steps=-8)
 
 def test_unknown_argument():
     with pytest.raises(TypeError):
-        PPO("MlpPolicy", "CartPole-v1", no_such_argument=1)
+        NAME("MlpPolicy", "CartPole-v1", no_such_argument=1)
 
 def test_error():
-    PPO("MlpPolicy", "CartPole-v1").no_such_method()
+    NAME("MlpPolicy", "CartPole-v1").no_such_method()
 
 def test_something_else():
     pass
 """
 
 
-def run_suite(folder: Path, deviations: list[str], *arguments: str) -> subprocess.CompletedProcess:
-    """Run the suite above with the plugin, in place of PPO."""
-    table = {f"test_suite.py::{name}": "for a reason" for name in deviations}
-    (folder / "test_suite.py").write_text(SUITE)
-    (folder / "conftest.py").write_text(f"import stand_in\nstand_in.DEVIATIONS['PPO'] = {table}\n")
+def run_suite(folder: Path, name: str, deviations: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    """Run the suite above with the plugin."""
+    table = {f"test_suite.py::{test}": "for a reason" for test in deviations}
+    (folder / "test_suite.py").write_text(SUITE.replace("NAME", name))
+    (folder / "conftest.py").write_text(f"import stand_in\nstand_in.DEVIATIONS[{name!r}] = {table}\n")
     (folder / "pytest.ini").write_text("[pytest]\n")
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "stand_in", "--in-place-of", "PPO", "-q", *arguments],
+        [sys.executable, "-m", "pytest", "-p", "stand_in", "--in-place-of", name, "-q", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(PLUGIN), *sys.path])},
         capture_output=True,
@@ -66,28 +66,27 @@ def run_suite(folder: Path, deviations: list[str], *arguments: str) -> subproces
     )
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
-def test_outcomes(tmp_path, workers):
-    process = run_suite(tmp_path, ["test_refusal", "test_fixture", "test_error"], *workers)
+@pytest.mark.parametrize(("name", "workers"), [("PPO", []), ("A2C", ["-n", "1"])])
+def test_outcomes(tmp_path, name, workers):
+    process = run_suite(tmp_path, name, ["test_refusal", "test_fixture", "test_error"], *workers)
     output = process.stdout
     assert process.returncode == pytest.ExitCode.TESTS_FAILED
     # A deviation that passes, and an error where a deviation was expected
     assert "FAILED test_suite.py::test_fixture" in output and "FAILED test_suite.py::test_error" in output
-    assert "test_suite.py::test_fixture | vf_coef=0.1" in output
-    assert "test_suite.py::test_refusal | clip_range_vf=-1" in output
+    assert ("test_suite.py::test_table[mine] | use_rms_prop=False" in output) == (name == "A2C")
     assert "test_suite.py::test_refusal | for a reason" in output
-    assert "not counted:\n  test_suite.py::test_table[sac]\n  test_suite.py::test_unknown_argument\nPPO" in output
-    assert "PPO: 2 passed, 2 failed, 1 deviations, 0 skipped, 2 not counted" in output
+    assert f"not counted:\n  test_suite.py::test_table[sac]\n  test_suite.py::test_unknown_argument\n{name}" in output
+    assert f"{name}: 2 passed, 2 failed, 1 deviations, 0 skipped, 2 not counted" in output
 
 
 def test_a_deviation_must_name_a_test(tmp_path):
-    process = run_suite(tmp_path, ["test_fixture", "test_renamed"])
+    process = run_suite(tmp_path, "PPO", ["test_fixture", "test_renamed"])
     assert process.returncode == pytest.ExitCode.USAGE_ERROR
     assert "Deviations of PPO that name no test: test_suite.py::test_renamed" in process.stderr
 
 
 def test_nothing_constructed_is_a_failure(tmp_path):
-    process = run_suite(tmp_path, [], "-k", "test_table and sac")
+    process = run_suite(tmp_path, "PPO", [], "-k", "test_table and sac")
     assert process.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
     assert "PPO: 0 passed, 0 failed, 0 deviations, 0 skipped, 1 not counted" in process.stdout
 

@@ -1,222 +1,195 @@
-"""What users do to optimizers and to the parameters that these hold: BLPO takes it as PPO does."""
+"""What users do to optimizers, and to the parameters that these hold."""
 
-import copy
 import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch as th
-from envs import IMAGE, TORQUES, SpaceEnv
-from models import small
+from envs import ACTION_SPACES, SpaceEnv
+from models import actor_of, changed, critic_of, differences, logged, moved, parameters_of, small, state_of
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_blpo import BLPO
-from sb3_blpo.optimizers import Descent, FusedAdam, parameters_of
 
 
-def parameters_after(change: Callable[[BLPO], Any], images: bool = False) -> list[th.Tensor]:
-    if images:
-        # Few small steps: where a gradient is no more than rounding, Adam's go anywhere
-        model = small("CnnPolicy", SpaceEnv(IMAGE), n_steps=8)
-    else:
-        model = small(env=SpaceEnv(action_space=TORQUES), learning_rate=1e-2, n_epochs=3)
-    change(model)
-    return [parameter.detach().contiguous() for parameter in model.learn(16).policy.parameters()]
+@pytest.mark.parametrize("actions", ACTION_SPACES)
+def test_the_policy_is_shared_out(actions: str) -> None:
+    model = small(env=SpaceEnv(action_space=ACTION_SPACES[actions]))
+    names = {id(parameter): name for name, parameter in model.policy.named_parameters()}
+    actor, critic = ([names[id(p)] for p in parameters_of(o)] for o in (model.policy.optimizer, model.critic_optimizer))
+    assert sorted(actor + critic) == sorted(names.values())
+    assert set(critic) == {name for name in names.values() if "value_net" in name}
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "optimizer_kwargs"),
+    [(None, {}), (th.optim.SGD, {"momentum": 0.5}), (th.optim.AdamW, {"foreach": True, "weight_decay": 0.1})],
+)
+def test_class_and_arguments_serve_both(optimizer_class: Any, optimizer_kwargs: dict[str, Any]) -> None:
+    given = {} if optimizer_class is None else {"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs}
+    model = small(policy_kwargs={"net_arch": [4]} | given).learn(16)
+    for optimizer in (model.policy.optimizer, model.critic_optimizer):
+        assert type(optimizer) is (optimizer_class or th.optim.Adam)
+        expected = optimizer_kwargs or {"eps": 1e-5}  # SB3's
+        assert expected.items() <= optimizer.param_groups[0].items()
+
+
+class Encoder(BaseFeaturesExtractor):
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 4)
+        self.net = nn.Linear(3, 4)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return th.tanh(self.net(observations))
+
+
+class Groups(ActorCriticPolicy):
+    """An optimizer with three groups: one with weight decay, one with a rate of its own, and the rest."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        heads = [*self.action_net.parameters(), *self.value_net.parameters()]
+        encoder = [*self.features_extractor.parameters()]
+        rest = [*self.mlp_extractor.parameters()]
+        groups = [
+            {"params": heads, "weight_decay": 0.1},
+            {"params": encoder, "lr": 0.5 * lr_schedule(1)},
+            {"params": rest},
+        ]
+        self.optimizer = th.optim.Adam(groups, lr=lr_schedule(1))
+
+
+def groups_of(model: BLPO) -> list[list[tuple[set[str], float, float]]]:
+    names = {id(parameter): name for name, parameter in model.policy.named_parameters()}
+    return [
+        [({names[id(p)] for p in group["params"]}, group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
+        for optimizer in (model.policy.optimizer, model.critic_optimizer)
+    ]
+
+
+def test_parameter_groups_are_kept() -> None:
+    """Each on its side, in proportion where it has a rate of its own, after loading too."""
+    model = small(
+        Groups, learning_rate=LinearSchedule(0.1, 0.0, 1.0), critic_learning_rate=0.2,
+        policy_kwargs={"features_extractor_class": Encoder, "net_arch": [8]},
+    )  # fmt: skip
+    names = {name for name, _ in model.policy.named_parameters()}
+    assert changed(model, lambda: model.learn(32)) == names
+    model.save(file := io.BytesIO())
+    loaded = BLPO.load(file, env=SpaceEnv(), device="cpu").learn(32)
+    for each in (model, loaded):
+        groups = groups_of(each)
+        for side, extractor, head, rate in (
+            (groups[0], "pi_features_extractor", "action_net", logged(each)["learning_rate"]),
+            (groups[1], "vf_features_extractor", "value_net", 0.2),
+        ):
+            assert [decay for _, decay, _ in side] == [0.1, 0, 0]
+            assert [lr for _, _, lr in side] == [rate, 0.5 * rate, rate]
+            assert side[0][0] == {f"{head}.weight", f"{head}.bias"}
+            # The actor's is also `features_extractor`, by which it is named first
+            assert {name.removeprefix("pi_").removeprefix("vf_") for name in side[1][0]} == {
+                "features_extractor.net.weight", "features_extractor.net.bias",
+            }, extractor  # fmt: skip
+        assert set().union(*(part for side in groups for part, _, _ in side)) == names
+
+
+def test_rates_belong_to_their_networks() -> None:
+    for arguments, stands, moves in [
+        ({"learning_rate": 0.0, "critic_learning_rate": 1e-3}, actor_of, critic_of),
+        ({"critic_learning_rate": 0.0}, critic_of, actor_of),
+    ]:
+        model = small(**arguments)
+        before = stands(model), moves(model)
+        model.learn(32)
+        assert not moved(before[0], stands(model)) and moved(before[1], moves(model))
 
 
 def clone_gradients(optimizer: th.optim.Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = parameter.grad.clone()
+    for parameter in parameters_of(optimizer):
+        parameter.grad = parameter.grad.clone()  # type: ignore[union-attr]
 
 
 def free_gradients(optimizer: th.optim.Optimizer, *_: Any) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("hook", [clone_gradients, free_gradients])
-def test_hooks_that_replace_gradients(hook: Callable[..., None]) -> None:
-    def register(model: BLPO) -> None:
-        for optimizer in (model.policy.optimizer, model.critic_optimizer):
-            if hook is free_gradients:
-                optimizer.register_step_post_hook(hook)
-            else:
-                optimizer.register_step_pre_hook(hook)
-
-    assert all(map(th.equal, parameters_after(register), parameters_after(lambda model: None)))
+@pytest.mark.parametrize(("when", "hook"), [("pre", clone_gradients), ("post", free_gradients)])
+def test_hooks_that_replace_gradients(when: str, hook: Callable[..., None]) -> None:
+    plain = state_of(small().learn(32))
+    model = small()
+    for optimizer in (model.policy.optimizer, model.critic_optimizer):
+        getattr(optimizer, f"register_step_{when}_hook")(hook)
+    assert not differences(plain, state_of(model.learn(32)))
 
 
-def transpose_in_memory(model: BLPO) -> None:
-    """As weights are that come from other libraries."""
-    for network in (model.policy.mlp_extractor.policy_net, model.policy.mlp_extractor.value_net):
-        layer = network[0]
-        assert isinstance(layer, nn.Linear)
-        layer.weight.data = layer.weight.data.T.contiguous().T
-        assert not layer.weight.is_contiguous()
+def all_parameters(model: BLPO) -> Any:
+    return th.optim.Adam(model.policy.parameters(), lr=1e-3)
 
 
-def channels_last(model: BLPO) -> None:
-    model.policy.to(memory_format=th.channels_last)  # type: ignore[call-overload]
-    assert not all(parameter.is_contiguous() for parameter in model.policy.parameters())
+def others_parameters(model: BLPO) -> Any:
+    return th.optim.SGD(nn.Linear(2, 2).parameters(), lr=1e-3)
 
 
-@pytest.mark.parametrize(("change", "images"), [(transpose_in_memory, False), (channels_last, True)])
-def test_order_of_parameters_in_memory(change: Callable[[BLPO], Any], images: bool) -> None:
-    th.testing.assert_close(
-        parameters_after(change, images), parameters_after(lambda model: None, images), rtol=1e-4, atol=1e-5
-    )
-
-
-def test_a_replaced_parameter_leaves_the_state_of_the_others() -> None:
-    model = small(env=SpaceEnv(action_space=TORQUES)).learn(16)
-    model.policy.log_std = nn.Parameter(model.policy.log_std.detach() - 1)
-    model.learn(16)
-    optimizer = model.policy.optimizer
-    steps = {name: float(optimizer.state[p]["step"]) for name, p in model.policy.named_parameters() if p in optimizer.state}
-    assert steps["log_std"] == 2 and steps["action_net.weight"] == 4
-    assert {float(state["step"]) for state in model.critic_optimizer.state.values()} == {12}
-
-
-def test_a_replaced_parameter_where_other_arguments_want_another_state() -> None:
-    model = small(env=SpaceEnv(action_space=TORQUES)).learn(16)
-    model.policy.optimizer_kwargs["amsgrad"] = True
-    model.policy.log_std = nn.Parameter(model.policy.log_std.detach() - 1)
-    model.learn(16)
-    assert {float(state["step"]) for state in model.policy.optimizer.state.values()} == {2}
-
-
-def test_save_with_an_optimizer_of_all_parameters() -> None:
-    model = small().learn(16)
-    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
-    model.save(file := io.BytesIO())
-    loaded = BLPO.load(file, device="cpu")
-    assert all(map(th.equal, loaded.policy.parameters(), model.policy.parameters()))
-
-
-def two_optimizers(**kwargs: Any) -> tuple[th.optim.Adam, th.optim.Adam]:
-    """The same parameters twice, of several shapes, after a first step."""
-    optimizers = []
-    for _ in range(2):
-        th.manual_seed(0)
-        parameters = [nn.Parameter(th.randn(shape)) for shape in ((4, 3), (4,), ())]
-        optimizers.append(th.optim.Adam(parameters, **{"lr": 1e-2, "fused": True} | kwargs))
-        Descent(optimizers[-1]).step(th.randn(17))
-    return optimizers[0], optimizers[1]
-
-
-def everything_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
-    parameters = parameters_of(optimizer)
-    return [*parameters, *(x for parameter in parameters for _, x in sorted(optimizer.state[parameter].items()))]
+def some_parameters(model: BLPO) -> Any:
+    return th.optim.SGD(parameters_of(model.policy.optimizer)[:2], lr=1e-3)
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.1}, {"maximize": True, "lr": 1.0}]
-)
-def test_the_kernel_of_adam_is_its_step(kwargs: dict[str, Any]) -> None:
-    ours, torchs = two_optimizers(**kwargs)
-    assert FusedAdam.serves(ours)
-    descent = Descent(ours)
-    for i in range(5):
-        gradient = th.randn(17)
-        with th.inference_mode(i % 2 == 0):
-            descent.step(gradient)
-        parts = gradient.split([12, 4, 1])
-        for parameter, part in zip(parameters_of(torchs), parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-        torchs.step()
-        if i == 2:
-            ours.param_groups[0]["lr"] = torchs.param_groups[0]["lr"] = 0.3
-        assert all(map(th.equal, everything_of(ours), everything_of(torchs)))
-    # What is saved, too, and it goes on from there with either
-    torchs.load_state_dict(copy.deepcopy(ours.state_dict()))
-    for optimizer in (ours, torchs):
-        Descent(optimizer).step(th.ones(17))
-    assert all(map(th.equal, everything_of(ours), everything_of(torchs)))
-    assert {float(state["step"]) for state in torchs.state.values()} == {7}
-
-
-def group_apart(optimizer: th.optim.Optimizer) -> None:
-    optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop()]})
-
-
-def forget_a_state(optimizer: th.optim.Optimizer) -> None:
-    del optimizer.state[optimizer.param_groups[0]["params"][0]]
-
-
-def transpose_a_state(optimizer: th.optim.Optimizer) -> None:
-    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
-    state["exp_avg"] = state["exp_avg"].T.contiguous().T
-
-
-@pytest.mark.parametrize(
-    "change",
+    ("make", "why"),
     [
-        lambda optimizer: optimizer.register_step_pre_hook(lambda *_: None),
-        lambda optimizer: optimizer.register_step_post_hook(lambda *_: None),
-        lambda optimizer: th.optim.lr_scheduler.StepLR(optimizer, 1),
-        lambda optimizer: optimizer.param_groups[0].update(lr=th.tensor(0.1)),
-        lambda optimizer: optimizer.param_groups[0].update(fused=False),
-        lambda optimizer: optimizer.param_groups[0].update(amsgrad=True),
-        lambda optimizer: optimizer.param_groups[0].update(decoupled_weight_decay=True),
-        lambda optimizer: optimizer.state[optimizer.param_groups[0]["params"][0]].update(step=1),
-        lambda optimizer: [p.requires_grad_(False) for p in optimizer.param_groups[0]["params"]],
-        group_apart,
-        forget_a_state,
-        transpose_a_state,
+        (
+            all_parameters,
+            r"^`policy.optimizer` and `critic_optimizer` both have `mlp_extractor.value_net.0.weight`: give .*\.$",
+        ),
+        (others_parameters, r"^`policy.optimizer` has parameters that are not the policy's .*: make it anew, or .*\.$"),
+        (some_parameters, r"^`.*` is trainable, but no optimizer has it: give it to one, or freeze it\.$"),
     ],
 )
-def test_whom_the_kernel_does_not_serve(change: Callable[[th.optim.Optimizer], Any]) -> None:
-    optimizer = two_optimizers()[0]
-    assert FusedAdam.serves(optimizer)
-    change(optimizer)
-    assert not FusedAdam.serves(optimizer)
+def test_an_optimizer_that_does_not_fit(make: Callable[[BLPO], Any], why: str) -> None:
+    """``save`` changes nothing about it, and the next ``train`` says what is wrong."""
+    model = small().learn(16)
+    fitting, model.policy.optimizer = model.policy.optimizer, make(model)
+    before = state_of(model)
+    model.save(io.BytesIO())
+    assert not differences(before, state_of(model))
+    with pytest.raises(ValueError, match=why):
+        model.learn(16)
+    assert not differences(before, state_of(model))
+    model.policy.optimizer = fitting
+    assert moved(actor_of(model), actor_of(model.learn(16)))
 
 
-def test_other_optimizers_and_hooks_of_all() -> None:
-    adam = two_optimizers()[0]
-    for optimizer_class in (th.optim.AdamW, th.optim.SGD, type("Mine", (th.optim.Adam,), {})):
-        other = optimizer_class(adam.param_groups[0]["params"], lr=1e-2, fused=True)
-        other.state = adam.state
-        assert not FusedAdam.serves(other)
-    hook = register_optimizer_step_post_hook(lambda *_: None)
-    assert not FusedAdam.serves(adam)
-    hook.remove()
-    assert FusedAdam.serves(adam)
+def replace_policy(model: BLPO) -> None:
+    model.policy = small(seed=1).policy
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_steps_are_undone(fused: bool) -> None:
-    optimizer, buffer = two_optimizers(fused=fused)[0], th.zeros(2)
-    before = [x.clone() for x in everything_of(optimizer)]
-    descent = Descent(optimizer)
-    with pytest.raises(ZeroDivisionError), descent.undone_on_error([buffer]):
-        for _ in range(2):
-            descent.step(th.randn(17))
-        buffer += 1
-        assert not any(map(th.equal, everything_of(optimizer), before))
-        1 / 0  # noqa: B018
-    assert all(map(th.equal, everything_of(optimizer), before)) and not buffer.any()
-    with descent.undone_on_error([buffer]):
-        descent.step(th.randn(17))
-    assert not any(map(th.equal, everything_of(optimizer), before))
+def replace_module(model: BLPO) -> None:
+    model.policy.value_net = nn.Linear(8, 1)
 
 
-def test_training_with_the_kernel_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    def everything(model: BLPO) -> list[th.Tensor]:
-        model.learn(48)
-        return everything_of(model.policy.optimizer) + everything_of(model.critic_optimizer)
+@pytest.mark.parametrize("replace", [replace_policy, replace_module])
+def test_a_replaced_network(replace: Callable[[BLPO], Any]) -> None:
+    """Needs optimizers of its own, and is trained by them."""
+    model = small().learn(16)
+    replace(model)
+    with pytest.raises(ValueError, match=r"^`critic_optimizer` has parameters that are not the policy's"):
+        model.learn(16)
+    names = {name for name, _ in model.policy.named_parameters()}
+    critic = [p for name, p in model.policy.named_parameters() if "value_net" in name]
+    model.critic_optimizer = th.optim.RMSprop(critic, lr=1e-3)
+    assert changed(model, lambda: model.learn(16)) == names
 
-    served: list[bool] = []
-    serves = FusedAdam.serves
 
-    def noted(optimizer: th.optim.Optimizer) -> bool:
-        served.append(serves(optimizer))
-        return served[-1]
-
-    monkeypatch.setattr(FusedAdam, "serves", noted)
-    with_kernel = everything(small(env=SpaceEnv(action_space=TORQUES)))
-    assert served == [False, False] + 2 * [True, True]  # actor and critic, three rollouts
-    monkeypatch.setattr(FusedAdam, "serves", lambda optimizer: False)
-    assert all(map(th.equal, with_kernel, everything(small(env=SpaceEnv(action_space=TORQUES)))))
+def test_another_optimizer_of_the_same_parameters() -> None:
+    model = small().learn(16)
+    model.policy.optimizer, model.critic_optimizer = (
+        th.optim.SGD(parameters_of(optimizer), lr=1.0, momentum=0.9)
+        for optimizer in (model.policy.optimizer, model.critic_optimizer)
+    )
+    names = {name for name, _ in model.policy.named_parameters()}
+    assert changed(model, lambda: model.learn(16)) == names
+    assert model.policy.optimizer.param_groups[0]["lr"] == logged(model)["learning_rate"]

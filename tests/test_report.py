@@ -1,18 +1,13 @@
 """benchmarks/report.py, returns.py: what the tables and figures say of recorded runs."""
 
 import sys
-from importlib.metadata import version
-from pathlib import Path
 
-import grid
 import numpy as np
 import pandas as pd
 import pytest
 import report
 import returns
 from scipy import stats
-
-ROOT = Path(__file__).parents[1]
 
 
 def curve(values):
@@ -168,48 +163,37 @@ def test_other_hyperparameters_are_not_pooled():
         returns.Results(rows)
 
 
-def test_several_csvs(results, tmp_path, monkeypatch, capsys):
-    """Their runs count as if they stood in one, each run once; what only one of them has is left out."""
+def test_several_csvs_and_a_part_of_the_environments(results, tmp_path, monkeypatch, capsys):
+    """Runs count as if they stood in one CSV, each once; what only one of them has is left out, as are other environments."""
     monkeypatch.setattr(report, "N_DRAWS", 100)
     even = results.table.seed % 2 == 0
-    paths = [str(tmp_path / name) for name in ("even.csv", "odd.csv")]
+    paths, folder = [str(tmp_path / name) for name in ("even.csv", "odd.csv")], tmp_path / "both"
     variant = results.table[even & (results.table.algorithm == returns.BLPO)].assign(algorithm="BLPO, variant")
     pd.concat([results.table[even], variant]).to_csv(paths[0], index=False)
     results.table[~even].to_csv(paths[1], index=False)
-    folder = tmp_path / "both"
-    monkeypatch.setattr(sys, "argv", ["report.py", *paths, "--folder", str(folder)])
-    report.main()
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+        report.main()
+
+    call(*paths, "--folder", str(folder))
     assert (folder / "report.md").read_text() == report.tables(results)
-    monkeypatch.setattr(sys, "argv", ["report.py", *paths])
-    with pytest.raises(SystemExit):
-        report.main()
-    assert "--folder is missing" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["report.py", paths[0], paths[0], "--folder", str(folder)])
-    with pytest.raises(ValueError, match="has the same seed twice"):
-        report.main()
-
-
-def test_a_part_of_the_environments(results, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "N_DRAWS", 100)
-    path, folder = tmp_path / "returns.csv", tmp_path / "part"
-    results.table.to_csv(path, index=False)
-    command = ["report.py", str(path), "--envs", "Hopper-v5"]
-    monkeypatch.setattr(sys, "argv", [*command, "--folder", str(folder)])
-    report.main()
+    call(*paths, "--envs", "Hopper-v5", "--folder", str(folder))
     hopper = results.table[results.table.env_id == "Hopper-v5"]
-    assert len(hopper) < len(results.table)
     assert (folder / "report.md").read_text() == report.tables(returns.Results(hopper))
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit):
-        report.main()
-    assert "--folder is missing" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", [*command, "Pong", "--folder", str(folder)])
-    with pytest.raises(SystemExit):
-        report.main()
-    assert "--envs: Pong not among " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has the same seed twice"):
+        call(paths[0], paths[0], "--folder", str(folder))
+    for arguments, message in (
+        (paths, "--folder is missing"),
+        ([paths[0], "--envs", "Hopper-v5"], "--folder is missing"),
+        ([paths[0], "--envs", "Pong", "--folder", str(folder)], "--envs: Pong not among "),
+    ):
+        with pytest.raises(SystemExit):
+            call(*arguments)
+        assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("left", ["all", "no PPO", "no random", "one", "fewer seeds"])
+@pytest.mark.parametrize("left", ["all", "no PPO", "no random", "one"])
 def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     rows = results.table
     rows = {
@@ -217,7 +201,6 @@ def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
         "no PPO": rows[rows.algorithm != returns.PPO],
         "no random": rows[rows.algorithm != "random"],
         "one": rows[(rows.algorithm == returns.BLPO) & (rows.env_id == "Hopper-v5") & (rows.seed == 0)],
-        "fewer seeds": rows[(rows.env_id != "Hopper-v5") | (rows.seed < 1)],
     }[left]
     own = rows[rows.algorithm == returns.BLPO]
     more = [own.assign(algorithm=name) for name in ("BLPO, variant", "BLPO, other", returns.NONE)]
@@ -248,26 +231,3 @@ def test_only_complete_tasks_are_aggregated(results):
         assert "| all (2) |" in report.differences(results, returns.PPO)
         assert "| all (2) |" not in report.differences(lacking, returns.PPO)
         assert f"| {HOPPER} |" in report.differences(lacking, returns.PPO)
-
-
-def test_panels_of_the_ablation(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "N_DRAWS", 100)
-    panels = []
-    monkeypatch.setattr(report, "save", lambda figure, shown, path: panels.extend(axis.get_title() for axis in figure.axes))
-    runs = {(name, *task): flat(1, 2) for name in (returns.NONE, "BLPO, variant") for task in (HOPPER, CARTPOLE)}
-    report.plot_ablation(returns.Results(table(runs)), tmp_path)
-    assert panels == []
-    report.plot_ablation(returns.Results(table(runs | {("BLPO, other", *HOPPER): flat(1, 2)})), tmp_path)
-    assert panels == [str(HOPPER)]
-
-
-REPORTS = {path.parent: [path] for path in grid.OUTPUTS.values()}
-REPORTS[grid.RESULTS / "ten_seeds"] = [grid.OUTPUTS["stage1"], grid.OUTPUTS["replication"]]
-
-
-@pytest.mark.parametrize("folder", REPORTS, ids=lambda folder: folder.name)
-def test_reports_are_up_to_date(folder):
-    """What the repository shows is what its CSVs give: else run benchmarks/report.py."""
-    if f"numpy=={version('numpy')}" not in (ROOT / "constraints.txt").read_text().split():
-        pytest.skip("quantiles are those of the numpy in constraints.txt")
-    assert (folder / "report.md").read_text() == report.tables(returns.Results(report.read(REPORTS[folder])))

@@ -1,10 +1,9 @@
 """
 PPO with BLPO's schedule, for RL Zoo's `--conf-file`: the entries of hyperparams/blpo.yml without what only BLPO knows.
 
-Where BLPO's defaults are not PPO's, PPO gets BLPO's: the same number of transitions, minibatches and epochs, the actor's rate,
-discounts and clipping. `normalize_advantage` alone stays PPO's own default, True: that is PPO as people run it. On Walker2d,
-Ant and Swimmer it has what its own trials found instead (benchmarks/tuning.md), where BLPO has what BLPO's found; over a
-million steps grid.py adds what they found for that length.
+`normalize_advantage` stays PPO's own default, True, whatever an entry says for BLPO: that is PPO as people run it. On
+Walker2d, Ant and Swimmer PPO has what its own trials found instead (benchmarks/tuning.md), where BLPO has what BLPO's found;
+over a million steps grid.py adds what they found for that length.
 """
 
 import inspect
@@ -16,10 +15,6 @@ from stable_baselines3 import PPO
 from sb3_blpo import BLPO
 from sb3_blpo.zoo import default_hyperparams
 
-OF_BLPO, OF_PPO = (
-    {name: parameter.default for name, parameter in inspect.signature(algorithm).parameters.items()}
-    for algorithm in (BLPO, PPO)
-)
 #: What PPO's own trials found
 OF_ITS_OWN: dict[str, dict[str, Any]] = {
     "Ant-v5": {"normalize_advantage": False},
@@ -35,19 +30,9 @@ OVER_A_MILLION_STEPS: dict[str, dict[str, Any]] = {
         "policy_kwargs": "dict(activation_fn=nn.ReLU, net_arch=[256, 256])",
     },
 }
-NOT_SHARED = {"normalize_advantage", *(OF_BLPO.keys() - OF_PPO.keys())}
-
-
-def of_ppo(entry: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param entry: Hyperparameters of BLPO
-    :return: PPO's with the same schedule
-    """
-    defaults = {name: value for name, value in OF_BLPO.items() if name in OF_PPO and value != OF_PPO[name]}
-    return {name: value for name, value in (defaults | entry).items() if name not in NOT_SHARED}
-
+NOT_SHARED = {"normalize_advantage", *(inspect.signature(BLPO).parameters.keys() - inspect.signature(PPO).parameters.keys())}
 
 hyperparams = {
-    env_id: of_ppo(entry) | OF_ITS_OWN.get(env_id, {})
+    env_id: {name: value for name, value in entry.items() if name not in NOT_SHARED} | OF_ITS_OWN.get(env_id, {})
     for env_id, entry in yaml.safe_load(default_hyperparams().read_text()).items()
 }

@@ -7,7 +7,8 @@ import torch as th
 
 from sb3_blpo.curvature import GaussNewton
 from sb3_blpo.ihvp.base import Solution, Solver, solve_dense
-from sb3_blpo.jacobian import Jacobian, Rows
+from sb3_blpo.jacobian import Jacobian
+from sb3_blpo.rows import Rows
 
 
 class Inverse(NamedTuple):
@@ -70,7 +71,8 @@ class Nystrom(Solver):
 
     def _spread(self, n: int, generator: th.Generator) -> th.Tensor:
         k = min(self.rank, n)
-        return ((th.arange(k) + th.rand(k, generator=generator, dtype=th.float64)) * (n / max(k, 1))).long().clamp(max=n - 1)
+        within = th.rand(k, generator=generator, dtype=th.float64, device="cpu")
+        return ((th.arange(k, device="cpu") + within) * (n / max(k, 1))).long().clamp(max=n - 1)
 
     def inverse(self, system: GaussNewton, generator: th.Generator) -> Inverse:
         """
@@ -92,11 +94,11 @@ class Nystrom(Solver):
         g = system.g
         k = min(self.rank, len(g))
         if self.sketch == "columns":
-            index = th.randperm(len(g), generator=generator)[:k].to(g.device)
+            index = th.randperm(len(g), generator=generator, device="cpu")[:k].to(g.device)
             omega = th.zeros(len(g), k, dtype=g.dtype, device=g.device)
             omega[index, th.arange(k, device=g.device)] = 1
         elif self.sketch == "gaussian":
-            normal = th.randn(len(g), k, generator=generator, dtype=g.dtype)
+            normal = th.randn(len(g), k, generator=generator, dtype=g.dtype, device="cpu")
             omega = th.linalg.qr(normal.to(g.device)).Q
         else:
             omega = th.linalg.qr(_matrix(system.jacobian.at(self._sample(system.jacobian, generator)), g).T).Q

@@ -21,8 +21,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from sb3_blpo import BLPO
 
 # What BLPO is given in place of A2C where a test does not say, on top of A2C's own defaults: its one learning rate for both
-# networks, as many epochs as SB3's tests give PPO where something must be learned, and longer rollouts than its 5 steps
-DEFAULTS_OF_A2C = {"n_steps": 16, "n_epochs": 4}
+# networks, as many epochs as SB3's tests give PPO where something must be learned, longer rollouts than its 5 steps, and a
+# critic that fits one of them: the returns of former ones are bootstrapped from former critics, and 500 steps are all there is
+DEFAULTS_OF_A2C = {"n_steps": 16, "n_epochs": 4, "critic_rollouts": 1}
 
 VALUE_CLIPPING = "BLPO's critic seeks the best response, its loss is not clipped: clip_range_vf is refused"
 # By replaced class: node id | reason. Each must fail
