@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_finite, finite, scheduled
-from sb3_blpo.engines import ActorPass, Engine, make_engine
+from sb3_blpo.engines import ActorPass, Engine, compiled_acting, make_engine
 from sb3_blpo.ihvp import make_solver
 from sb3_blpo.policies import check_optimizers, separate, set_learning_rate
 from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_weights
@@ -127,7 +127,8 @@ class Bilevel(OnPolicyAlgorithm):
                 )
         self._before_noise = torch_generator_states() if self.use_sde else {}
         try:
-            return super().collect_rollouts(env, callback, *args, **kwargs)
+            with compiled_acting(self.engine, self.policy):
+                return super().collect_rollouts(env, callback, *args, **kwargs)
         except ValueError as error:
             # The distribution refuses the parameters that NaN observations lead to, in words that do not mention them
             check_finite("observations", self._last_obs)

@@ -16,6 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 
 from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.bilevel import Bilevel
+from sb3_blpo.policies import MlpPolicy
 
 SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")
 
@@ -89,7 +90,7 @@ class BLPO(Bilevel):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": ActorCriticPolicy,
+        "MlpPolicy": MlpPolicy,
         "CnnPolicy": ActorCriticCnnPolicy,
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }

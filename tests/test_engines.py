@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from sb3_blpo import BLPO, response
 from sb3_blpo.engines import kernels
-from sb3_blpo.engines.kernels import BERNOULLI, CATEGORICAL, GAUSSIAN, IDENTITY, RELU, TANH, Network
+from sb3_blpo.engines.kernels import CATEGORICAL, GAUSSIAN, IDENTITY, RELU, TANH, Network
 from sb3_blpo.response import Correction
 
 
@@ -56,7 +56,6 @@ GRID: dict[str, dict[str, Any]] = {
     "one environment": {"env": SpaceEnv(action_space=TORQUES)},
     "Categorical, ReLU": {"action_space": spaces.Discrete(3), "policy_kwargs": {"activation_fn": nn.ReLU}},
     "MultiCategorical": {"action_space": spaces.MultiDiscrete([3, 2]), "ent_coef": 0.05},
-    "Bernoulli": {"action_space": spaces.MultiBinary(3), "ent_coef": 0.05},
     "entropy of a Gaussian": {"ent_coef": 0.05},
     "entropy of a Categorical": {"action_space": spaces.Discrete(3), "ent_coef": 0.05},
     "remainders": {"batch_size": 7},
@@ -111,7 +110,8 @@ def test_both_engines_agree(name: str, trained: bool) -> None:
         assert float((by_numba[key] - value).abs().max()) <= tolerance, key
     assert torch_log.keys() == numba_log.keys()
     for key, number in torch_log.items():
-        assert numba_log[key] == pytest.approx(number, rel=5e-5, abs=1e-5), key
+        # The residual is a small difference of large numbers
+        assert numba_log[key] == pytest.approx(number, rel=5e-5, abs=1e-4 if key == "ihvp_residual" else 1e-5), key
     if name == "KL limit":
         assert any(by_torch[key] < 2 * 8 * 4 for key in by_torch if key.startswith("actor/") and key.endswith("/step"))
 
@@ -158,6 +158,7 @@ def other_parameter(policy: Any) -> None:
 OTHERS: dict[str, dict[str, Any]] = {
     "images": {"policy": "CnnPolicy", "env": SpaceEnv(IMAGE)},
     "flat images": {"env": SpaceEnv(IMAGE)},
+    "Bernoulli": {"env": SpaceEnv(action_space=spaces.MultiBinary(3))},
     "dictionaries": {"policy": "MultiInputPolicy", "env": SpaceEnv(spaces.Dict({"a": OBSERVATION_SPACES["Box"]}))},
     "gSDE": {"env": SpaceEnv(action_space=TORQUES), "use_sde": True},
     "another activation": {"policy_kwargs": {"activation_fn": nn.ELU}},
@@ -365,7 +366,7 @@ def test_signals_of_each_layer() -> None:
         np.testing.assert_allclose(kernels.outputs(flat, layer, 6), exact, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("kind", "choices"), [(GAUSSIAN, [3]), (CATEGORICAL, [3]), (CATEGORICAL, [3, 2]), (BERNOULLI, [3])])
+@pytest.mark.parametrize(("kind", "choices"), [(GAUSSIAN, [3]), (CATEGORICAL, [3]), (CATEGORICAL, [3, 2])])
 def test_distributions(kind: int, choices: list[int]) -> None:
     n_out = sum(choices)
     net = network([2, n_out], [IDENTITY], n_out if kind == GAUSSIAN else 0)
@@ -377,9 +378,6 @@ def test_distributions(kind: int, choices: list[int]) -> None:
     if kind == GAUSSIAN:
         actions = rng.standard_normal((6, n_out))
         parts = [th.distributions.Normal(th.tensor(y.T), th.tensor(log_std).exp())]
-    elif kind == BERNOULLI:
-        actions = rng.integers(0, 2, (6, n_out)).astype(float)
-        parts = [th.distributions.Bernoulli(logits=th.tensor(y.T))]
     else:
         actions = np.stack([rng.integers(0, n, 6) for n in choices], axis=1).astype(float)
         logits = th.tensor(y.T.copy()).split(choices, dim=1)

@@ -1,5 +1,6 @@
 """The gradient steps of both levels. An engine knows networks and optimizers; what they are trained on comes from outside."""
 
+import contextlib
 import functools
 import os
 import warnings
@@ -9,13 +10,14 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_blpo.engines.torch import ActorPass, TorchEngine
+from sb3_blpo.policies import MlpPolicy
 
 if TYPE_CHECKING:
     from sb3_blpo.engines.numba import NumbaEngine
 
 Engine: TypeAlias = "TorchEngine | NumbaEngine"
 
-__all__ = ["ActorPass", "Engine", "TorchEngine", "make_engine"]
+__all__ = ["ActorPass", "Engine", "TorchEngine", "compiled_acting", "make_engine"]
 
 
 def make_engine(
@@ -41,6 +43,19 @@ def make_engine(
     if engine == "numba":
         raise ValueError(f"`engine`='numba' cannot train this model: {reason}; use 'auto' or 'torch'.")
     return TorchEngine(policy, critic_optimizer, **settings), f"torch ({reason})"
+
+
+def compiled_acting(engine: str, policy: ActorCriticPolicy) -> contextlib.AbstractContextManager[None]:
+    """
+    :param engine: As for :func:`make_engine`
+    :param policy: The policy
+    :return: A context in which the policy acts by compiled calls, where it can
+    """
+    if engine == "torch" or not isinstance(policy, MlpPolicy) or _numba_is_missing() is not None:
+        return contextlib.nullcontext()
+    from sb3_blpo.engines.acting import acting
+
+    return acting(policy)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ N_IN, N_OUT, WEIGHT, BIAS, OUTPUT, ACTIVATION = range(6)
 IDENTITY, TANH, RELU = range(3)
 # Columns of `Network.settings`, of Adam
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, DECOUPLED = range(6)
-GAUSSIAN, CATEGORICAL, BERNOULLI = range(3)
+GAUSSIAN, CATEGORICAL = range(2)
 # How a pass of the actor ends
 DONE, STOPPED, BAD_OUTPUT, BAD_GRADIENT = range(4)
 
@@ -368,26 +368,6 @@ def categorical_gradient(log_p: Array, actions: Array, by_log_prob: Array, by_en
 
 
 @compiled
-def bernoulli(logits: Array, actions: Array, log_prob: Array, entropy: Array) -> None:
-    log_prob[:], entropy[:] = 0, 0
-    for k in range(len(logits)):
-        for j in range(logits.shape[1]):
-            z = logits[k, j]
-            softplus = max(z, z * 0) + np.log1p(np.exp(-abs(z)))
-            p = 1 / (1 + np.exp(-z))
-            log_prob[j] += actions[j, k] * z - softplus
-            entropy[j] += softplus - p * z
-
-
-@compiled
-def bernoulli_gradient(logits: Array, actions: Array, by_log_prob: Array, by_entropy: float, d: Array) -> None:
-    for k in range(len(logits)):
-        for j in range(logits.shape[1]):
-            p = 1 / (1 + np.exp(-logits[k, j]))
-            d[k, j] = by_log_prob[j] * (actions[j, k] - p) - by_entropy * logits[k, j] * p * (1 - p)
-
-
-@compiled
 def evaluate(net: Network, kind: int, choices: Array, y: Array, actions: Array, log_prob: Array, entropy: Array) -> bool:
     """
     :param kind: Of the distribution
@@ -401,8 +381,6 @@ def evaluate(net: Network, kind: int, choices: Array, y: Array, actions: Array, 
     if kind == GAUSSIAN:
         if not gaussian(y, net.parameters[-len(y) :], actions, log_prob, entropy):
             return False
-    elif kind == BERNOULLI:
-        bernoulli(y, actions, log_prob, entropy)
     else:
         log_prob[:], entropy[:] = 0, 0
         start = 0
@@ -420,8 +398,6 @@ def evaluate_gradient(
     if kind == GAUSSIAN:
         n = len(y)
         gaussian_gradient(y, net.parameters[-n:], actions, by_log_prob, by_entropy, d, net.gradient[-n:])
-    elif kind == BERNOULLI:
-        bernoulli_gradient(y, actions, by_log_prob, by_entropy, d)
     else:
         start = 0
         for k in range(len(choices)):
@@ -446,6 +422,51 @@ def log_probs(net: Network, kind: int, choices: Array, x: Array, actions: Array,
         if not evaluate(net, kind, choices, y, actions[start:end], out[start:end], entropy[: len(part)]):
             return False
     return True
+
+
+@compiled
+def sample(kind: int, choices: Array, y: Array, log_std: Array, noise: Array, actions: Array) -> None:
+    """
+    :param y: The actor's outputs (n_out, B)
+    :param noise: Standard normal for a Gaussian, standard exponential for categorical actions (B, n_out)
+    :param actions: Written (B, n_actions)
+    """
+    for j in range(y.shape[1]):
+        if kind == GAUSSIAN:
+            for k in range(len(y)):
+                actions[j, k] = y[k, j] + np.exp(log_std[k]) * noise[j, k]
+            continue
+        start = 0
+        for k in range(len(choices)):
+            end = start + choices[k]
+            largest = y[start:end, j].max()
+            best, chosen = y.dtype.type(-1), 0
+            for i in range(start, end):  # the first arrival among exponential waiting times
+                speed = np.exp(y[i, j] - largest) / noise[j, i]
+                if speed > best:
+                    best, chosen = speed, i - start
+            actions[j, k] = chosen
+            start = end
+
+
+@compiled
+def act(
+    actor: Network, critic: Network, kind: int, choices: Array, x: Array, noise: Array, actions: Array, values: Array,
+    log_prob: Array,
+) -> bool:  # fmt: skip
+    """
+    :param x: Features (n, n_in)
+    :param noise: As for `sample` (n, n_out)
+    :param actions: Written (n, n_actions)
+    :param values: V(s), written (n,)
+    :param log_prob: log pi(a|s), written (n,)
+    :return: Whether the actor's outputs are parameters of a distribution
+    """
+    y = forward(actor, x)
+    sample(kind, choices, y, actor.parameters[-len(y) :], noise, actions)
+    is_distribution = evaluate(actor, kind, choices, y, actions, log_prob, values)
+    values[:] = forward(critic, x)[0]
+    return is_distribution
 
 
 @compiled

@@ -3,27 +3,24 @@ Gradient steps compiled by numba, for SB3's own MLP policies on the CPU: whole p
 of its own; the policy and its optimizers change when it writes them back.
 """
 
-import contextlib
 import itertools
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  whose BLAS numba's matrix products use
 import torch as th
 from stable_baselines3.common import distributions
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
-from threadpoolctl import ThreadpoolController
 from torch import nn
 from torch.nn.modules import module as modules
 from torch.optim import optimizer as optimizers
 
 from sb3_blpo.checks import finite
 from sb3_blpo.engines import kernels
+from sb3_blpo.engines.blas import one_blas_thread
 from sb3_blpo.engines.kernels import Network
 from sb3_blpo.engines.torch import ActorPass, TorchEngine
 from sb3_blpo.jacobian import AllLayers, Jacobian, LayerJacobian, LinearRows, Values
@@ -34,7 +31,6 @@ DISTRIBUTIONS: dict[type[distributions.Distribution], int] = {
     distributions.DiagGaussianDistribution: kernels.GAUSSIAN,
     distributions.CategoricalDistribution: kernels.CATEGORICAL,
     distributions.MultiCategoricalDistribution: kernels.CATEGORICAL,
-    distributions.BernoulliDistribution: kernels.BERNOULLI,
 }
 #: What of the policy the kernels stand for
 METHODS = (
@@ -63,25 +59,16 @@ def serves(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer) -> s
     :return: Why the compiled engine cannot train them, or ``None``: it can
     """
     # Later ones take it for granted that the earlier ones found nothing
-    reasons = [
-        _torch_is_other(),
-        _policy_is_other(policy),
-        _network_is_other(policy, "actor"),
-        _network_is_other(policy, "critic"),
-    ]
-    reasons += [_optimizer_is_other(policy.optimizer), _optimizer_is_other(critic_optimizer)]
-    return next(itertools.chain(*reasons, _parameters_are_other(policy, critic_optimizer)), None)
+    reasons = [policy_is_other(policy, METHODS)]
+    for which, optimizer in (("actor", policy.optimizer), ("critic", critic_optimizer)):
+        reasons += [network_is_other(policy, which), optimizer_is_other(optimizer, policy, which)]
+    return next(itertools.chain(*reasons, parameters_are_other(policy)), None)
 
 
-def _torch_is_other() -> Iterator[str]:
-    if any(GLOBAL_HOOKS):
-        yield "torch has global hooks"
-    if th.is_autocast_enabled("cpu"):
-        yield "torch casts automatically"
-
-
-def _policy_is_other(policy: ActorCriticPolicy) -> Iterator[str]:
-    for name in METHODS:
+def policy_is_other(policy: ActorCriticPolicy, methods: Sequence[str]) -> Iterator[str]:
+    if any([*GLOBAL_HOOKS, th.is_autocast_enabled("cpu")]):
+        yield "torch has global hooks or casts automatically"
+    for name in methods:
         if getattr(getattr(policy, name), "__func__", None) is not getattr(ActorCriticPolicy, name):
             yield f"the policy has a `{name}` of its own"
     if type(policy.action_dist) not in DISTRIBUTIONS:
@@ -98,10 +85,10 @@ def _policy_is_other(policy: ActorCriticPolicy) -> Iterator[str]:
         yield "there are hooks on the policy's modules"
 
 
-def _network_is_other(policy: ActorCriticPolicy, which: str) -> Iterator[str]:
+def network_is_other(policy: ActorCriticPolicy, which: str) -> Iterator[str]:
     """Linear layers, each but the last one with at most one activation after it."""
     after_linear = False
-    for module in _modules(policy, which):
+    for module in modules_of(policy, which):
         if type(module) is not nn.Linear and type(module) not in ACTIVATIONS:
             yield f"there is a {type(module).__name__} in the policy"
         if type(module) is nn.Linear and module.bias is None:
@@ -113,12 +100,15 @@ def _network_is_other(policy: ActorCriticPolicy, which: str) -> Iterator[str]:
         yield "a network does not end in a Linear layer"
 
 
-def _optimizer_is_other(optimizer: th.optim.Optimizer) -> Iterator[str]:
+def optimizer_is_other(optimizer: th.optim.Optimizer, policy: ActorCriticPolicy, which: str) -> Iterator[str]:
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
         yield f"an optimizer is {type(optimizer).__name__}"
     if "step" in vars(optimizer) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         yield "an optimizer has hooks, or a learning rate scheduler of torch's"
+    own = {*map(id, parameters_of(policy, which))}
     for group in optimizer.param_groups:
+        if not {*map(id, group["params"])} <= own:
+            yield "an optimizer has parameters of other networks"
         if any(group.get(flag) for flag in ("amsgrad", "maximize", "capturable", "differentiable")):
             yield "an optimizer is set to amsgrad, maximize, capturable or differentiable"
         if any(isinstance(x, th.Tensor) for x in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])):
@@ -130,35 +120,49 @@ def _optimizer_is_other(optimizer: th.optim.Optimizer) -> Iterator[str]:
             yield "an optimizer's state is another than Adam's in float32"
 
 
-def _parameters_are_other(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer) -> Iterator[str]:
-    actor, critic = _parameters(policy, "actor"), _parameters(policy, "critic")
-    for own, optimizer in ((actor, policy.optimizer), (critic, critic_optimizer)):
-        if not {id(p) for group in optimizer.param_groups for p in group["params"]} <= {*map(id, own)}:
-            yield "an optimizer has parameters of other networks"
-    known = [*actor, *critic]
+def parameters_are_other(policy: ActorCriticPolicy) -> Iterator[str]:
+    known = [*parameters_of(policy, "actor"), *parameters_of(policy, "critic")]
     if len({*map(id, known)}) < len(known) or {*map(id, policy.parameters())} != {*map(id, known)}:
         yield "parameters are used twice or are more than SB3's"
     for parameter in known:
         if type(parameter) is not nn.Parameter or parameter.dtype != th.float32 or parameter.device.type != "cpu":
             yield f"a parameter is {parameter.dtype} on {parameter.device}"
+        if not parameter.is_contiguous():
+            yield "a parameter is not contiguous"
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             yield "there are hooks on parameters"
 
 
-def _modules(policy: ActorCriticPolicy, which: str) -> list[nn.Module]:
+def modules_of(policy: ActorCriticPolicy, which: str) -> list[nn.Module]:
     """Layers and activations of the actor or the critic, in order."""
     extractor = policy.mlp_extractor
     hidden, last = (extractor.policy_net, policy.action_net) if which == "actor" else (extractor.value_net, policy.value_net)
     return [*(hidden if type(hidden) is nn.Sequential else [hidden]), last]
 
 
-def _parameters(policy: ActorCriticPolicy, which: str) -> list[Any]:
+def parameters_of(policy: ActorCriticPolicy, which: str) -> list[Any]:
     """Parameters of the actor or the critic in the kernels' order."""
-    layers = [module for module in _modules(policy, which) if isinstance(module, nn.Linear)]
+    layers = [module for module in modules_of(policy, which) if isinstance(module, nn.Linear)]
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias) if parameter is not None]
     if which == "actor" and isinstance(policy.action_dist, distributions.DiagGaussianDistribution):
         parameters.append(policy.log_std)
     return parameters
+
+
+def distribution_of(policy: ActorCriticPolicy) -> tuple[int, np.ndarray]:
+    """Its kind, and how many outputs each action that is drawn at a time has."""
+    n_out: Any = policy.action_net.out_features
+    return DISTRIBUTIONS[type(policy.action_dist)], np.array(getattr(policy.action_dist, "action_dims", [n_out]), np.int64)
+
+
+def features(policy: ActorCriticPolicy, observations: PyTorchObs) -> np.ndarray:
+    """
+    :param policy: The policy
+    :param observations: (n, ...)
+    :return: What its networks see of them (n, n_in)
+    """
+    x: Any = preprocess_obs(observations, policy.observation_space, normalize_images=policy.normalize_images)
+    return np.ascontiguousarray(x.flatten(1).numpy())
 
 
 class FlatNetwork:
@@ -194,7 +198,7 @@ class FlatNetwork:
                 if state:
                     exp_avg[self.spans[id(parameter)]] = state["exp_avg"].flatten().numpy()
                     exp_avg_sq[self.spans[id(parameter)]] = state["exp_avg_sq"].flatten().numpy()
-        table = _table(layers)
+        table = table_of(layers)
         n_out = table[:, kernels.N_OUT]
         spans = [(span.start, span.stop) for span in (self.spans[id(parameter)] for parameter in self.trained)]
         self.arrays = Network(
@@ -225,7 +229,7 @@ def _like(parameter: th.Tensor, array: np.ndarray) -> th.Tensor:
     return th.from_numpy(array).view(parameter.shape)
 
 
-def _table(layers: Sequence[nn.Module]) -> np.ndarray:
+def table_of(layers: Sequence[nn.Module]) -> np.ndarray:
     """The kernels' table of a network's layers."""
     rows: list[list[int]] = []
     n_parameters = n_outputs = 0
@@ -277,12 +281,10 @@ class NumbaEngine:
         self.clip_range, self.ent_coef = clip_range, ent_coef
         self.max_grad_norm, self.target_kl = max_grad_norm, target_kl
         self.actor, self.critic = (
-            FlatNetwork(_modules(policy, which), _parameters(policy, which), optimizer, batch_size)
+            FlatNetwork(modules_of(policy, which), parameters_of(policy, which), optimizer, batch_size)
             for which, optimizer in (("actor", policy.optimizer), ("critic", critic_optimizer))
         )
-        self.kind = DISTRIBUTIONS[type(policy.action_dist)]
-        n_out = self.actor.arrays.layers[-1, kernels.N_OUT]
-        self.choices = np.atleast_1d(np.array(getattr(policy.action_dist, "action_dims", n_out), np.int64))
+        self.kind, self.choices = distribution_of(policy)
 
     def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_steps: int) -> th.Tensor:
         """
@@ -297,7 +299,7 @@ class NumbaEngine:
         losses = np.empty(n_steps, np.float32)
         with one_blas_thread():
             kernels.fit_critic(
-                self.critic.arrays, self._features(observations), returns.float().numpy(), index, starts, losses
+                self.critic.arrays, features(self.policy, observations), returns.float().numpy(), index, starts, losses
             )
         return finite("critic's loss", th.from_numpy(losses))
 
@@ -308,7 +310,7 @@ class NumbaEngine:
         """
         values = np.empty(size(observations), np.float32)
         with one_blas_thread():
-            kernels.values(self.critic.arrays, self._features(observations), values)
+            kernels.values(self.critic.arrays, features(self.policy, observations), values)
         return finite("critic's value", th.from_numpy(values))
 
     def log_prob(self, rollout: Rollout) -> th.Tensor:
@@ -316,7 +318,7 @@ class NumbaEngine:
         :param rollout: The rollout
         :return: log pi(a_t|s_t) (N,)
         """
-        x, actions = self._features(rollout.states), self._actions(rollout)
+        x, actions = features(self.policy, rollout.states), self._actions(rollout)
         log_prob = np.empty(len(rollout), np.float32)
         with one_blas_thread():
             is_distribution = kernels.log_probs(self.actor.arrays, self.kind, self.choices, x, actions, log_prob)
@@ -338,7 +340,7 @@ class NumbaEngine:
         kl_limit = np.inf if self.target_kl is None else 1.5 * self.target_kl
         with one_blas_thread():
             n, end = kernels.improve_actor(
-                self.actor.arrays, self.kind, self.choices, self._features(rollout.states), self._actions(rollout),
+                self.actor.arrays, self.kind, self.choices, features(self.policy, rollout.states), self._actions(rollout),
                 rollout.old_log_prob.float().numpy(), weights.float().numpy(), index, starts, self.clip_range,
                 float(self.ent_coef), float(self.max_grad_norm), float(kl_limit), table,
             )  # fmt: skip
@@ -372,11 +374,6 @@ class NumbaEngine:
         k = np.arange(n_minibatches + 1)
         return th.cat(passes).numpy(), k // in_a_pass * n + k % in_a_pass * self.batch_size
 
-    def _features(self, observations: PyTorchObs) -> np.ndarray:
-        space, normalize_images = self.policy.observation_space, self.policy.normalize_images
-        features: Any = preprocess_obs(observations, space, normalize_images=normalize_images)
-        return np.ascontiguousarray(features.flatten(1).numpy())
-
     @staticmethod
     def _actions(rollout: Rollout) -> np.ndarray:
         return np.ascontiguousarray(rollout.actions.float().view(len(rollout), -1).numpy())
@@ -393,13 +390,13 @@ class MlpJacobian(LayerJacobian):
     def __init__(self, engine: NumbaEngine, rollout: Rollout) -> None:
         critic, observations = engine.critic, rollout.observations
         n = size(observations)
-        layers: Any = [module for module in _modules(engine.policy, "critic") if isinstance(module, nn.Linear)]
+        layers: Any = [module for module in modules_of(engine.policy, "critic") if isinstance(module, nn.Linear)]
         super().__init__(
             layers, Values(engine.policy), lambda index: take(observations, index), n, len(rollout), critic.parameters,
             engine.batch_size,
         )  # fmt: skip
         self._write_back = critic.write_back
-        net, x = critic.arrays, engine._features(observations)
+        net, x = critic.arrays, features(engine.policy, observations)
         n_outputs = net.layers[:, kernels.N_OUT].sum()
         net = net._replace(outputs=np.empty(n * n_outputs, x.dtype))
         signals = np.empty_like(net.outputs)
@@ -420,28 +417,3 @@ class MlpJacobian(LayerJacobian):
     def _values(self, index: th.Tensor) -> th.Tensor:
         self._write_back()  # the exact Hessian is autograd's
         return super()._values(index)
-
-
-_lock = threading.Lock()
-_controller: ThreadpoolController | None = None
-_limiter: Any = None
-_n_users = 0
-
-
-@contextlib.contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """More threads only wait for each other over small matrices. The last of several users puts their number back."""
-    global _controller, _limiter, _n_users
-    with _lock:
-        if _controller is None:
-            _controller = ThreadpoolController()
-        if _n_users == 0:
-            _limiter = _controller.limit(limits=1, user_api="blas")
-        _n_users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _n_users -= 1
-            if _n_users == 0:
-                _limiter.restore_original_limits()
