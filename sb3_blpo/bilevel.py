@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_finite, finite, scheduled
-from sb3_blpo.engines import ActorPass, Engine, compiled_acting, make_engine
+from sb3_blpo.engines import ActorPass, TorchEngine, compiled_acting, make_engine
 from sb3_blpo.ihvp import make_solver
 from sb3_blpo.policies import check_optimizers, separate, set_learning_rate
 from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_weights
@@ -69,7 +69,7 @@ class Bilevel(OnPolicyAlgorithm):
     curvature: str
     max_correction_ratio: float | None
     target_kl: float | None
-    engine: str
+    engine: str = "auto"
 
     #: Which engine the latest update ran on, "numba" or "torch", and why
     engine_in_use: str | None = None
@@ -208,7 +208,7 @@ class Bilevel(OnPolicyAlgorithm):
             )
         return Rollout.of(buffer, self._last_obs, self._last_episode_starts, self._truncations, self.device)
 
-    def _engine(self) -> Engine:
+    def _engine(self) -> TorchEngine:
         """Set both optimizers' rates, log them, and hand the networks to an engine."""
         if (self.learning_rate, self.critic_learning_rate) != self._scheduled_rates:  # assigned since
             self._setup_lr_schedule()
@@ -237,7 +237,9 @@ class Bilevel(OnPolicyAlgorithm):
         self.engine_in_use = in_use
         return engine
 
-    def _best_response(self, rollout: Rollout, engine: Engine, values: th.Tensor, advantages: th.Tensor) -> Response | None:
+    def _best_response(
+        self, rollout: Rollout, engine: TorchEngine, values: th.Tensor, advantages: th.Tensor
+    ) -> Response | None:
         settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
         damping = settings.pop("damping")
         solver = make_solver(self.ihvp_solver, **settings)

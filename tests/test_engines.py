@@ -3,9 +3,11 @@
 import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch as th
 from envs import IMAGE, OBSERVATION_SPACES, TORQUES, SpaceEnv, vec_env
 from gymnasium import spaces
 from models import actor_of, built_with, collect_rollout, critic_of, differences, logged, moved, small, state_of
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from threadpoolctl import threadpool_info
 from torch import nn
@@ -70,7 +73,7 @@ GRID: dict[str, dict[str, Any]] = {
     "KL limit": {"target_kl": 1e-3, "n_epochs": 8},
     "one critic pass on this rollout": {"n_critic_updates": 1, "critic_rollouts": 1},
     "a solve every epoch": {"ihvp_interval": 1, "ihvp_solver": "cg"},
-    "exact Hessian": {"curvature": "hessian"},
+    "exact Hessian": {"curvature": "hessian", "ihvp_kwargs": {"damping": 1.0}},
     "no response": {"ihvp_solver": "none"},
     "AdamW": {"policy_kwargs": ADAMW},
     "weight decay": {"policy_kwargs": {"optimizer_kwargs": {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4}}},
@@ -272,6 +275,116 @@ def test_a_loaded_model_keeps_its_engine(tmp_path: Any) -> None:
     assert model.engine == "torch" and model.engine_in_use is None
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("observation_space", "action_space"),
+    [
+        (OBSERVATION_SPACES["Box"], TORQUES),
+        (OBSERVATION_SPACES["Box2D"], spaces.Box(-1, 1, (2, 2), np.float32)),
+        (OBSERVATION_SPACES["Discrete"], spaces.Discrete(3)),
+        (OBSERVATION_SPACES["MultiBinary"], spaces.MultiDiscrete([3, 2])),
+    ],
+    ids=str,
+)
+def test_acting_is_the_same(observation_space: spaces.Space, action_space: spaces.Space, trained: bool) -> None:
+    """Actions, values and log-probabilities, for the same noise; the generator is at the same place afterwards."""
+    buffers, draws = [], []
+    for engine in ("torch", "numba"):
+        model = small(env=vec_env(SpaceEnv(observation_space, action_space), 2), engine="torch")
+        if trained:
+            model.learn(64)
+        model.engine = engine
+        buffers.append(collect_rollout(model).rollout_buffer)
+        draws.append(th.rand(1))
+    assert draws[0] == draws[1]
+    for name in ("observations", "actions", "values", "log_probs", "advantages"):
+        by_torch, by_numba = (getattr(buffer, name) for buffer in buffers)
+        assert by_torch.dtype == by_numba.dtype
+        np.testing.assert_allclose(by_numba, by_torch, rtol=1e-4, atol=1e-5)
+
+
+class Looking(BaseCallback):
+    """Calls a function with the model in the middle of each rollout."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def _on_step(self) -> bool:
+        if self.n_calls % 16 == 8:
+            self.function(self.model)
+        return True
+
+
+@th.no_grad()
+def add(model: BLPO) -> None:
+    bias: Any = model.policy.action_net.bias
+    bias.add_(th.tensor([1.0, 0.0, -1.0]))
+
+
+def replace_data(model: BLPO) -> None:
+    model.policy.value_net.bias.data = th.tensor([5.0])
+
+
+@pytest.mark.parametrize("change", [add, replace_data])
+def test_weights_that_a_callback_changes_act_at_once(change: Callable[[BLPO], None]) -> None:
+    model = small(engine="numba")
+    callback = Looking(change)
+    model._setup_learn(16)
+    callback.init_callback(model)
+    assert model.env is not None
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
+    buffer = model.rollout_buffer
+    with th.no_grad():
+        values, log_prob, _ = model.policy.evaluate_actions(
+            th.tensor(buffer.observations[8:, 0]), th.tensor(buffer.actions[8:, 0, 0])
+        )
+    np.testing.assert_allclose(buffer.values[8:, 0], values.flatten(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(buffer.log_probs[8:, 0], log_prob, rtol=1e-5, atol=1e-6)
+
+
+def test_copies_made_while_acting_act_for_themselves() -> None:
+    copies: list[Any] = []
+    model = small(engine="numba")
+    model.learn(16, Looking(lambda m: copies.extend([copy.deepcopy(m.policy), pickle.loads(pickle.dumps(m.policy))])))
+    observations = th.rand(5, 3)
+    for policy in copies:
+        with th.no_grad():
+            policy.value_net.bias.fill_(7.0)
+            policy.value_net.weight.zero_()
+            assert policy(observations)[1].flatten().tolist() == [7.0] * 5
+            assert model.policy(observations)[1].flatten().tolist() != [7.0] * 5
+
+
+def test_hooks_see_how_the_model_acts() -> None:
+    calls: list[int] = []
+    model = small()
+    model.policy.action_net.register_forward_hook(lambda *_: calls.append(1))
+    collect_rollout(model)
+    assert len(calls) == 16
+
+
+def test_a_forward_of_the_users_acts() -> None:
+    calls: list[int] = []
+
+    class Counting(ActorCriticPolicy):
+        def forward(self, obs: th.Tensor, deterministic: bool = False) -> Any:
+            calls.append(1)
+            return super().forward(obs, deterministic)
+
+    model = small(Counting).learn(16)
+    assert len(calls) >= 16 and model.engine_in_use == "numba"
+
+
+def test_two_models_in_two_threads() -> None:
+    models = [small(env=vec_env(SpaceEnv(action_space=TORQUES), 2), engine="numba") for _ in range(2)]
+    before = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda model: model.learn(320), models))
+    assert all(parameter.isfinite().all() for model in models for parameter in model.policy.parameters())
+    assert [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"] == before
+
+
 PROGRAM = """
 import warnings, torch as th
 from envs import SpaceEnv
@@ -360,7 +473,7 @@ def test_signals_of_each_layer() -> None:
     net = network([3, 5, 4, 1], [TANH, RELU, IDENTITY])
     x = np.random.default_rng(1).standard_normal((6, 3))
     flat = np.empty_like(net.outputs)
-    kernels.layer_rows(net, x, flat)
+    kernels.signals(net, x, flat)
     for layer in net.layers:
         exact = slopes(lambda: kernels.forward(net, x)[0].copy(), kernels.bias(net.parameters, layer))
         np.testing.assert_allclose(kernels.outputs(flat, layer, 6), exact, rtol=1e-6, atol=1e-9)
@@ -446,6 +559,6 @@ def test_adam(decoupled: bool) -> None:
 
 def test_tanh_in_float32() -> None:
     x = np.concatenate([np.linspace(-20, 20, 40001), np.geomspace(1e-30, 1, 100), [0, math.inf, -math.inf, math.nan]])
-    z = x.astype(np.float32)[None]
-    kernels.tanh(z, np.zeros(1, np.float32))
-    np.testing.assert_allclose(z[0], np.tanh(x.astype(np.float32).astype(np.float64)), rtol=5e-7)
+    z = x.astype(np.float32)
+    kernels.tanh(z, np.float32(0))
+    np.testing.assert_allclose(z, np.tanh(x.astype(np.float32).astype(np.float64)), rtol=5e-7)

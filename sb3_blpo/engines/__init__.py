@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -12,17 +12,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_blpo.engines.torch import ActorPass, TorchEngine
 from sb3_blpo.policies import MlpPolicy
 
-if TYPE_CHECKING:
-    from sb3_blpo.engines.numba import NumbaEngine
-
-Engine: TypeAlias = "TorchEngine | NumbaEngine"
-
-__all__ = ["ActorPass", "Engine", "TorchEngine", "compiled_acting", "make_engine"]
+__all__ = ["ActorPass", "TorchEngine", "compiled_acting", "make_engine"]
 
 
 def make_engine(
     engine: str, policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer, **settings: Any
-) -> tuple[Engine, str]:
+) -> tuple[TorchEngine, str]:
     """
     :param engine: "numba" (compiled), "torch" or "auto": the compiled one where it serves
     :param policy: The policy; its optimizer is the actor's

@@ -1,8 +1,7 @@
 """
 The compiled engine's loops, for float32, and for float64 in the tests. One function a formula; a minibatch of B rows is a
-matrix (n_features, B), so that a layer is W h + b as in a textbook.
-
-Importing this module imports numba. What is called for the first time is compiled, or read from numba's cache on disk.
+matrix (n_features, B), so that a layer is W h + b as in a textbook. Importing this module imports numba; what is called for
+the first time is compiled, or read from numba's cache on disk.
 """
 
 import math
@@ -26,9 +25,7 @@ DONE, STOPPED, BAD_OUTPUT, BAD_GRADIENT = range(4)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """
-    Not `fastmath=True`: NaN must stay NaN. Without a cache where numba finds no folder that it may write to.
-    """
+    """Not `fastmath=True`: NaN must stay NaN. Without a cache where numba finds no folder that it may write to."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
     try:
         return numba.njit(function, cache=True, **options)
@@ -100,108 +97,99 @@ def gather(source: Array, index: Array, rows: Array) -> Array:
 
 
 @compiled
-def add_bias(z: Array, b: Array) -> None:
-    for i in range(z.shape[0]):
-        for j in range(z.shape[1]):
-            z[i, j] += b[i]
-
-
-@compiled
-def tanh(z: Array, b: Array) -> None:
-    """
-    z = tanh(z + b). For float32 the rational function of Eigen and XLA, which vectorises; its error is a few units in the last
-    place.
-    """
-    if z.itemsize != 4:
-        for i in range(z.shape[0]):
-            for j in range(z.shape[1]):
-                z[i, j] = math.tanh(z[i, j] + b[i])
-        return
+def tanh(z: Array, b: float) -> None:
+    """z = tanh(z + b). For float32 the rational function of Eigen and XLA, which vectorises, right to a few last places."""
     f = z.dtype.type
+    if z.itemsize != 4:
+        for j in range(len(z)):
+            z[j] = math.tanh(z[j] + b)
+        return
     largest = f(7.90531110763549805)
     a1, a3, a5, a7 = f(4.89352455891786e-03), f(6.37261928875436e-04), f(1.48572235717979e-05), f(5.12229709037114e-08)
     a9, a11, a13 = f(-8.60467152213735e-11), f(2.00018790482477e-13), f(-2.76076847742355e-16)
     b0, b2, b4, b6 = f(4.89352518554385e-03), f(2.26843463243900e-03), f(1.18534705686654e-04), f(1.19825839466702e-06)
-    for i in range(z.shape[0]):
-        for j in range(z.shape[1]):
-            x = z[i, j] + b[i]
-            x = largest if x > largest else x
-            x = -largest if x < -largest else x
-            s = x * x
-            odd = x * (a1 + s * (a3 + s * (a5 + s * (a7 + s * (a9 + s * (a11 + s * a13))))))
-            z[i, j] = odd / (b0 + s * (b2 + s * (b4 + s * b6)))
+    for j in range(len(z)):
+        x = z[j] + b
+        x = largest if x > largest else x
+        x = -largest if x < -largest else x
+        s = x * x
+        odd = x * (a1 + s * (a3 + s * (a5 + s * (a7 + s * (a9 + s * (a11 + s * a13))))))
+        z[j] = odd / (b0 + s * (b2 + s * (b4 + s * b6)))
 
 
 @compiled
-def relu(z: Array, b: Array) -> None:
-    """z = max(z + b, 0)."""
+def activate(z: Array, b: Array, activation: int) -> None:
+    """h = activation(z + b), in place."""
     zero = z.dtype.type(0)
-    for i in range(z.shape[0]):
-        for j in range(z.shape[1]):
-            x = z[i, j] + b[i]
-            z[i, j] = zero if x < zero else x
+    for i in range(len(z)):
+        row = z[i]
+        if activation == TANH:
+            tanh(row, b[i])
+            continue
+        for j in range(len(row)):
+            x = row[j] + b[i]
+            row[j] = zero if activation == RELU and x < zero else x
 
 
 @compiled
 def times_slope(d: Array, h: Array, activation: int) -> None:
     """d loss / d z = d loss / d h times the activation's derivative, which its output h determines."""
-    zero, one = d.dtype.type(0), d.dtype.type(1)
+    zero, one, d_flat, h_flat = d.dtype.type(0), d.dtype.type(1), d.reshape(-1), h.reshape(-1)
     if activation == TANH:
-        for i in range(d.shape[0]):
-            for j in range(d.shape[1]):
-                d[i, j] *= one - h[i, j] * h[i, j]
+        for j in range(len(d_flat)):
+            d_flat[j] *= one - h_flat[j] * h_flat[j]
     elif activation == RELU:
-        for i in range(d.shape[0]):
-            for j in range(d.shape[1]):
-                d[i, j] = zero if h[i, j] <= zero else d[i, j]
+        for j in range(len(d_flat)):
+            d_flat[j] = zero if h_flat[j] <= zero else d_flat[j]
 
 
 @compiled
 def forward(net: Network, x: Array) -> Array:
-    """
-    :param x: (B, n_in)
-    :return: The network's outputs (n_out, B)
-    """
+    """The network's outputs (n_out, B) of x (B, n_in)."""
     B = len(x)
     for i in range(len(net.layers)):
         layer = net.layers[i]
-        W, b, z = weight(net.parameters, layer), bias(net.parameters, layer), outputs(net.outputs, layer, B)
+        W, z = weight(net.parameters, layer), outputs(net.outputs, layer, B)
         if i == 0:
             np.dot(W, x.T, z)
         else:
             np.dot(W, outputs(net.outputs, net.layers[i - 1], B), z)
-        if layer[ACTIVATION] == TANH:
-            tanh(z, b)
-        elif layer[ACTIVATION] == RELU:
-            relu(z, b)
-        else:
-            add_bias(z, b)
+        activate(z, bias(net.parameters, layer), layer[ACTIVATION])
     return outputs(net.outputs, net.layers[-1], B)
 
 
 @compiled
 def backward(net: Network, x: Array) -> None:
-    """
-    The layers' part of the gradient, after `forward`, from the derivatives by the network's outputs: the last layer's deltas.
-
-    :param x: (B, n_in)
-    """
+    """The gradient by the layers, after `forward`, from the derivatives by the network's outputs: the last layer's deltas."""
     B = len(x)
     for i in range(len(net.layers) - 1, -1, -1):
         layer, d = net.layers[i], deltas(net, i, B)
-        db = bias(net.gradient, layer)
-        for k in range(len(db)):
+        by_bias = bias(net.gradient, layer)
+        for k in range(len(d)):
             total = d.dtype.type(0)
             for j in range(B):
                 total += d[k, j]
-            db[k] = total
+            by_bias[k] = total
         if i == 0:
             np.dot(d, x, weight(net.gradient, layer))
         else:
-            h, dh = outputs(net.outputs, net.layers[i - 1], B), deltas(net, i - 1, B)
+            h, by_h = outputs(net.outputs, net.layers[i - 1], B), deltas(net, i - 1, B)
             np.dot(d, h.T, weight(net.gradient, layer))
-            np.dot(weight(net.parameters, layer).T, d, dh)
-            times_slope(dh, h, net.layers[i - 1, ACTIVATION])
+            np.dot(weight(net.parameters, layer).T, d, by_h)
+            times_slope(by_h, h, net.layers[i - 1, ACTIVATION])
+
+
+@compiled
+def signals(net: Network, x: Array, flat: Array) -> None:
+    """All layers' outputs, kept in the network, and derivatives of each value by each layer's z, in `flat`, laid out alike."""
+    B = len(x)
+    forward(net, x)
+    outputs(flat, net.layers[-1], B)[:] = 1
+    for i in range(len(net.layers) - 2, -1, -1):
+        layer, after = net.layers[i], net.layers[i + 1]
+        d = outputs(flat, layer, B)
+        np.dot(weight(net.parameters, after).T, outputs(flat, after, B), d)
+        times_slope(d, outputs(net.outputs, layer, B), layer[ACTIVATION])
 
 
 @compiled
@@ -209,13 +197,13 @@ def adam(net: Network, scale: float) -> None:
     """A step of Adam, or of AdamW, along the gradient times `scale`."""
     f = net.parameters.dtype.type
     for k in range(len(net.spans)):
+        own, settings = slice(net.spans[k, 0], net.spans[k, 1]), net.settings[k]
         net.steps[k] += 1
-        lr, beta1, beta2 = net.settings[k, LR], net.settings[k, BETA1], net.settings[k, BETA2]
-        step_size, root = f(lr / (1 - beta1 ** net.steps[k])), f(math.sqrt(1 - beta2 ** net.steps[k]))
-        decay, eps, c1, c2, b2 = net.settings[k, WEIGHT_DECAY], f(net.settings[k, EPS]), f(1 - beta1), f(1 - beta2), f(beta2)
-        decoupled = net.settings[k, DECOUPLED] != 0
-        shrink, penalty, c = f(1 - lr * decay if decoupled else 1), f(0 if decoupled else decay), f(scale)
-        own = slice(net.spans[k, 0], net.spans[k, 1])
+        decoupled, decay = settings[DECOUPLED] != 0, settings[WEIGHT_DECAY]
+        shrink, penalty, c = f(1 - settings[LR] * decay if decoupled else 1), f(0 if decoupled else decay), f(scale)
+        c1, b2, c2, eps = f(1 - settings[BETA1]), f(settings[BETA2]), f(1 - settings[BETA2]), f(settings[EPS])
+        step_size = f(settings[LR] / (1 - settings[BETA1] ** net.steps[k]))
+        root = f(math.sqrt(1 - settings[BETA2] ** net.steps[k]))
         parameters, gradient, exp_avg, exp_avg_sq = (
             net.parameters[own],
             net.gradient[own],
@@ -253,66 +241,34 @@ def fit_critic(net: Network, x: Array, returns: Array, index: Array, starts: Arr
     :param starts: Where each minibatch starts in `index`, and where the last one ends (n_steps + 1,)
     :param losses: Of each minibatch, written (n_steps,)
     """
-    last = len(net.layers) - 1
     for k in range(len(losses)):
         rows = index[starts[k] : starts[k + 1]]
         x_k = gather(x, rows, net.rows)
-        values = forward(net, x_k)[0]
-        losses[k] = squared_error(values, returns, rows, deltas(net, last, len(rows))[0])
+        d = deltas(net, len(net.layers) - 1, len(rows))
+        losses[k] = squared_error(forward(net, x_k)[0], returns, rows, d[0])
         backward(net, x_k)
         adam(net, 1.0)
 
 
 @compiled
 def values(net: Network, x: Array, out: Array) -> None:
-    """
-    :param x: Features (n, n_in)
-    :param out: V(s), written (n,)
-    """
-    step = len(net.rows)
-    for start in range(0, len(x), step):
-        part = x[start : start + step]
+    """V(s) to `out` (n,), from features x (n, n_in)."""
+    for start in range(0, len(x), len(net.rows)):
+        part = x[start : start + len(net.rows)]
         out[start : start + len(part)] = forward(net, part)[0]
 
 
 @compiled
-def signals(net: Network, x: Array, flat: Array) -> None:
-    """
-    After `forward`: derivatives of each value by each layer's W h + b.
-
-    :param flat: Laid out as the network's outputs, written
-    """
-    B = len(x)
-    outputs(flat, net.layers[-1], B)[:] = 1
-    for i in range(len(net.layers) - 2, -1, -1):
-        layer, after = net.layers[i], net.layers[i + 1]
-        d = outputs(flat, layer, B)
-        np.dot(weight(net.parameters, after).T, outputs(flat, after, B), d)
-        times_slope(d, outputs(net.outputs, layer, B), layer[ACTIVATION])
-
-
-@compiled
-def layer_rows(net: Network, x: Array, flat: Array) -> None:
-    """
-    Outputs of all layers, kept in the network, and what `signals` makes of them.
-    """
-    forward(net, x)
-    signals(net, x, flat)
-
-
-@compiled
 def gaussian(mean: Array, log_std: Array, actions: Array, log_prob: Array, entropy: Array) -> bool:
-    """Log-probabilities and entropies. Return whether all standard deviations are positive."""
+    """Add log-probabilities and entropies. Return whether all standard deviations are positive."""
     f = mean.dtype.type
-    log_prob[:], entropy[:] = f(0), f(0)
     for k in range(len(mean)):
-        std = np.exp(log_std[k])
-        variance, constant = std * std, log_std[k] + f(0.5 * math.log(2 * math.pi))
+        std, constant = np.exp(log_std[k]), log_std[k] + f(0.5 * math.log(2 * math.pi))
         if not std > 0:
             return False
         for j in range(mean.shape[1]):
             error = actions[j, k] - mean[k, j]
-            log_prob[j] -= error * error / (f(2) * variance) + constant
+            log_prob[j] -= error * error / (f(2) * std * std) + constant
             entropy[j] += f(0.5) + constant
     return True
 
@@ -322,9 +278,7 @@ def gaussian_gradient(
     mean: Array, log_std: Array, actions: Array, by_log_prob: Array, by_entropy: float, d: Array, d_log_std: Array
 ) -> None:
     for k in range(len(mean)):
-        std = np.exp(log_std[k])
-        variance = std * std
-        total = mean.dtype.type(0)
+        variance, total = np.exp(log_std[k]) * np.exp(log_std[k]), mean.dtype.type(0)
         for j in range(mean.shape[1]):
             error = actions[j, k] - mean[k, j]
             d[k, j] = by_log_prob[j] * error / variance
@@ -334,12 +288,10 @@ def gaussian_gradient(
 
 @compiled
 def categorical(logits: Array, actions: Array, log_prob: Array, entropy: Array) -> None:
-    """Add the log-probability and the entropy of one choice; the logits become the choices' log-probabilities."""
+    """Add log-probabilities and entropies of one choice; the logits become the choices' log-probabilities."""
     f = logits.dtype.type
     for j in range(logits.shape[1]):
-        largest, total = logits[0, j], f(0)
-        for k in range(len(logits)):
-            largest = max(largest, logits[k, j])
+        largest, total = logits[:, j].max(), f(0)
         for k in range(len(logits)):
             total += np.exp(logits[k, j] - largest)
         log_total = largest + np.log(total)
@@ -357,12 +309,10 @@ def categorical_gradient(log_p: Array, actions: Array, by_log_prob: Array, by_en
     for j in range(log_p.shape[1]):
         entropy = f(0)
         for k in range(len(log_p)):
-            p = np.exp(log_p[k, j])
-            d[k, j] = p
-            entropy -= f(0) if p == 0 else p * log_p[k, j]
+            d[k, j] = np.exp(log_p[k, j])
+            entropy -= f(0) if d[k, j] == 0 else d[k, j] * log_p[k, j]
         for k in range(len(log_p)):
-            p = d[k, j]
-            chosen = f(1) if k == int(actions[j]) else f(0)
+            p, chosen = d[k, j], f(1) if k == int(actions[j]) else f(0)
             by_p = f(0) if p == 0 else by_entropy * p * (log_p[k, j] + entropy)
             d[k, j] = by_log_prob[j] * (chosen - p) - by_p
 
@@ -372,17 +322,17 @@ def evaluate(net: Network, kind: int, choices: Array, y: Array, actions: Array, 
     """
     :param kind: Of the distribution
     :param choices: How many each categorical action has
-    :param y: The network's outputs (n_out, B)
+    :param y: The network's outputs (n_out, B); those of categorical actions become log-probabilities
     :param actions: (B, n_actions)
     :param log_prob: log pi(a|s), written (B,)
     :param entropy: Written (B,)
     :return: Whether the outputs are parameters of a distribution
     """
+    log_prob[:], entropy[:] = 0, 0
     if kind == GAUSSIAN:
         if not gaussian(y, net.parameters[-len(y) :], actions, log_prob, entropy):
             return False
     else:
-        log_prob[:], entropy[:] = 0, 0
         start = 0
         for k in range(len(choices)):
             categorical(y[start : start + choices[k]], actions[:, k], log_prob, entropy)
@@ -396,57 +346,42 @@ def evaluate_gradient(
 ) -> None:
     """From derivatives of the loss by log-probabilities and by each entropy to those by outputs and standard deviations."""
     if kind == GAUSSIAN:
-        n = len(y)
-        gaussian_gradient(y, net.parameters[-n:], actions, by_log_prob, by_entropy, d, net.gradient[-n:])
-    else:
-        start = 0
-        for k in range(len(choices)):
-            part = slice(start, start + choices[k])
-            categorical_gradient(y[part], actions[:, k], by_log_prob, by_entropy, d[part])
-            start += choices[k]
+        gaussian_gradient(
+            y, net.parameters[-len(y) :], actions, by_log_prob, by_entropy, d, net.gradient[-len(y) :]
+        )  # fmt: skip
+        return
+    start = 0
+    for k in range(len(choices)):
+        part = slice(start, start + choices[k])
+        categorical_gradient(y[part], actions[:, k], by_log_prob, by_entropy, d[part])
+        start += choices[k]
 
 
 @compiled
 def log_probs(net: Network, kind: int, choices: Array, x: Array, actions: Array, out: Array) -> bool:
-    """
-    :param x: Features (n, n_in)
-    :param actions: (n, n_actions)
-    :param out: log pi(a|s), written (n,)
-    :return: Whether the outputs are parameters of a distribution
-    """
-    step, entropy = len(net.rows), np.empty(len(net.rows), x.dtype)
-    for start in range(0, len(x), step):
-        part = x[start : start + step]
-        end = start + len(part)
-        y = forward(net, part)
-        if not evaluate(net, kind, choices, y, actions[start:end], out[start:end], entropy[: len(part)]):
+    """log pi(a|s) to `out` (n,). Return whether the actor's outputs are parameters of a distribution."""
+    entropy = np.empty_like(out)
+    for start in range(0, len(x), len(net.rows)):
+        own = slice(start, min(start + len(net.rows), len(x)))
+        y = forward(net, x[own])
+        if not evaluate(net, kind, choices, y, actions[own], out[own], entropy[own]):
             return False
     return True
 
 
 @compiled
 def sample(kind: int, choices: Array, y: Array, log_std: Array, noise: Array, actions: Array) -> None:
-    """
-    :param y: The actor's outputs (n_out, B)
-    :param noise: Standard normal for a Gaussian, standard exponential for categorical actions (B, n_out)
-    :param actions: Written (B, n_actions)
-    """
+    """Actions (B, n_actions) from noise (B, n_out): standard normal for a Gaussian, else standard exponential."""
     for j in range(y.shape[1]):
         if kind == GAUSSIAN:
             for k in range(len(y)):
                 actions[j, k] = y[k, j] + np.exp(log_std[k]) * noise[j, k]
             continue
         start = 0
-        for k in range(len(choices)):
-            end = start + choices[k]
-            largest = y[start:end, j].max()
-            best, chosen = y.dtype.type(-1), 0
-            for i in range(start, end):  # the first arrival among exponential waiting times
-                speed = np.exp(y[i, j] - largest) / noise[j, i]
-                if speed > best:
-                    best, chosen = speed, i - start
-            actions[j, k] = chosen
-            start = end
+        for k in range(len(choices)):  # the first arrival among exponential waiting times
+            logits = y[start : start + choices[k], j]
+            actions[j, k] = np.argmax(np.exp(logits - logits.max()) / noise[j, start : start + choices[k]])
+            start += choices[k]
 
 
 @compiled
@@ -454,14 +389,7 @@ def act(
     actor: Network, critic: Network, kind: int, choices: Array, x: Array, noise: Array, actions: Array, values: Array,
     log_prob: Array,
 ) -> bool:  # fmt: skip
-    """
-    :param x: Features (n, n_in)
-    :param noise: As for `sample` (n, n_out)
-    :param actions: Written (n, n_actions)
-    :param values: V(s), written (n,)
-    :param log_prob: log pi(a|s), written (n,)
-    :return: Whether the actor's outputs are parameters of a distribution
-    """
+    """Actions, values and log-probabilities, written. Return whether the actor's outputs are parameters of a distribution."""
     y = forward(actor, x)
     sample(kind, choices, y, actor.parameters[-len(y) :], noise, actions)
     is_distribution = evaluate(actor, kind, choices, y, actions, log_prob, values)
@@ -479,8 +407,7 @@ def surrogate(log_prob: Array, old_log_prob: Array, W: Array, index: Array, clip
     B, low, high = f(len(index)), f(1 - clip_range), f(1 + clip_range)
     kl, n_clipped, loss = f(0), 0, f(0)
     for j in range(len(index)):
-        w = W[index[j]]
-        log_ratio = log_prob[j] - old_log_prob[index[j]]
+        w, log_ratio = W[index[j]], log_prob[j] - old_log_prob[index[j]]
         ratio = np.exp(log_ratio)
         clipped = low if ratio < low else high if ratio > high else ratio
         kl += ratio - 1 - log_ratio
@@ -513,20 +440,18 @@ def improve_actor(
     :return: Over how many minibatches, and how it ended
     """
     f = x.dtype.type
-    batch_actions = np.empty((len(net.rows), actions.shape[1]), x.dtype)
-    log_prob_space, entropy_space = np.empty(len(net.rows), x.dtype), np.empty(len(net.rows), x.dtype)
+    batch_actions, scratch = np.empty((len(net.rows), actions.shape[1]), x.dtype), np.empty((2, len(net.rows)), x.dtype)
     for k in range(len(stats)):
         rows, row = index[starts[k] : starts[k + 1]], stats[k]
         B = len(rows)
         x_k, a_k = gather(x, rows, net.rows), gather(actions, rows, batch_actions)
-        log_prob, entropy = log_prob_space[:B], entropy_space[:B]
+        log_prob, entropy, d = scratch[0, :B], scratch[1, :B], deltas(net, len(net.layers) - 1, B)
         y = forward(net, x_k)
         if not evaluate(net, kind, choices, y, a_k, log_prob, entropy):
             return k, BAD_OUTPUT
         surrogate(log_prob, old_log_prob, W, rows, clip_range, row)
         row[3] = -entropy.mean()
         row[4] = row[2] + f(ent_coef) * row[3]
-        d = deltas(net, len(net.layers) - 1, B)
         evaluate_gradient(net, kind, choices, y, a_k, log_prob, f(-ent_coef / B), d)
         backward(net, x_k)
         norm = gradient_norm(net)

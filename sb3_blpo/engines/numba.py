@@ -65,12 +65,15 @@ def serves(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer) -> s
     return next(itertools.chain(*reasons, parameters_are_other(policy)), None)
 
 
+def _function(owner: Any, name: str) -> Any:
+    return getattr(getattr(owner, name, None), "__func__", None)
+
+
 def policy_is_other(policy: ActorCriticPolicy, methods: Sequence[str]) -> Iterator[str]:
     if any([*GLOBAL_HOOKS, th.is_autocast_enabled("cpu")]):
         yield "torch has global hooks or casts automatically"
-    for name in methods:
-        if getattr(getattr(policy, name), "__func__", None) is not getattr(ActorCriticPolicy, name):
-            yield f"the policy has a `{name}` of its own"
+    sb3s = {name: getattr(ActorCriticPolicy, name) for name in methods}
+    yield from (f"the policy has a `{name}` of its own" for name in methods if _function(policy, name) is not sb3s[name])
     if type(policy.action_dist) not in DISTRIBUTIONS:
         yield f"its action distribution is a {type(policy.action_dist).__name__}"
     if policy.observation_space.shape is None or len(policy.observation_space.shape) >= 3:
@@ -235,114 +238,63 @@ def table_of(layers: Sequence[nn.Module]) -> np.ndarray:
     n_parameters = n_outputs = 0
     for module in layers:
         if isinstance(module, nn.Linear):
-            n_weights = module.weight.numel()
-            row = [
-                module.in_features,
-                module.out_features,
-                n_parameters,
-                n_parameters + n_weights,
-                n_outputs,
-                kernels.IDENTITY,
-            ]
-            rows.append(row)
-            n_parameters += n_weights + module.out_features
-            n_outputs += module.out_features
+            n_in, n_out = module.in_features, module.out_features
+            end = n_parameters + n_in * n_out
+            rows.append([n_in, n_out, n_parameters, end, n_outputs, kernels.IDENTITY])
+            n_parameters, n_outputs = end + n_out, n_outputs + n_out
         else:
             rows[-1][kernels.ACTIVATION] = ACTIVATIONS[type(module)]
     return np.array(rows, np.int64)
 
 
-class NumbaEngine:
+class NumbaEngine(TorchEngine):
     """
-    The same as :class:`sb3_blpo.engines.TorchEngine`, for the same minibatches.
+    The same as torch's, for the same minibatches; the policy and its optimizers change in :meth:`write_back`.
 
     :param policy: A policy that :func:`serves` allows; its optimizer is the actor's
     :param critic_optimizer: The critic's
-    :param batch_size: Transitions in a minibatch
-    :param clip_range: PPO's clipping parameter
-    :param ent_coef: Entropy coefficient
-    :param max_grad_norm: The maximum norm of the actor's gradient
-    :param target_kl: Limit of the KL divergence between updates, or ``None``
+    :param settings: As for :class:`TorchEngine`
     """
 
-    def __init__(
-        self,
-        policy: ActorCriticPolicy,
-        critic_optimizer: th.optim.Optimizer,
-        *,
-        batch_size: int,
-        clip_range: float,
-        ent_coef: float,
-        max_grad_norm: float,
-        target_kl: float | None,
-    ) -> None:
-        self.policy = policy
-        self.batch_size = batch_size
-        self.clip_range, self.ent_coef = clip_range, ent_coef
-        self.max_grad_norm, self.target_kl = max_grad_norm, target_kl
+    def __init__(self, policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer, **settings: Any) -> None:
+        super().__init__(policy, critic_optimizer, **settings)
         self.actor, self.critic = (
-            FlatNetwork(modules_of(policy, which), parameters_of(policy, which), optimizer, batch_size)
+            FlatNetwork(modules_of(policy, which), parameters_of(policy, which), optimizer, self.batch_size)
             for which, optimizer in (("actor", policy.optimizer), ("critic", critic_optimizer))
         )
         self.kind, self.choices = distribution_of(policy)
 
     def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_steps: int) -> th.Tensor:
-        """
-        The follower: steps on the mean squared error of random minibatches.
-
-        :param observations: (n, ...)
-        :param returns: The critic's targets (n,)
-        :param n_steps: How many steps
-        :return: The loss before each of them (n_steps,)
-        """
-        index, starts = self._minibatches(size(observations), n_steps)
-        losses = np.empty(n_steps, np.float32)
+        x, losses = features(self.policy, observations), np.empty(n_steps, np.float32)
+        index, starts = self._minibatches(len(x), n_steps)
         with one_blas_thread():
-            kernels.fit_critic(
-                self.critic.arrays, features(self.policy, observations), returns.float().numpy(), index, starts, losses
-            )
+            kernels.fit_critic(self.critic.arrays, x, returns.float().numpy(), index, starts, losses)
         return finite("critic's loss", th.from_numpy(losses))
 
     def values(self, observations: PyTorchObs) -> th.Tensor:
-        """
-        :param observations: (n, ...)
-        :return: Their values (n,)
-        """
-        values = np.empty(size(observations), np.float32)
+        x = features(self.policy, observations)
+        values = np.empty(len(x), np.float32)
         with one_blas_thread():
-            kernels.values(self.critic.arrays, features(self.policy, observations), values)
+            kernels.values(self.critic.arrays, x, values)
         return finite("critic's value", th.from_numpy(values))
 
     def log_prob(self, rollout: Rollout) -> th.Tensor:
-        """
-        :param rollout: The rollout
-        :return: log pi(a_t|s_t) (N,)
-        """
-        x, actions = features(self.policy, rollout.states), self._actions(rollout)
-        log_prob = np.empty(len(rollout), np.float32)
+        x, actions = self._of_actor(rollout)
+        log_prob = np.empty(len(x), np.float32)
         with one_blas_thread():
-            is_distribution = kernels.log_probs(self.actor.arrays, self.kind, self.choices, x, actions, log_prob)
-        if not is_distribution:
-            raise FloatingPointError("actor's output")
+            if not kernels.log_probs(self.actor.arrays, self.kind, self.choices, x, actions, log_prob):
+                raise FloatingPointError("actor's output")
         return th.from_numpy(log_prob)
 
     def improve_actor(self, rollout: Rollout, weights: th.Tensor) -> ActorPass:
-        """
-        The leader: one pass of PPO's steps with these weights for advantages, unless ``target_kl`` ends it.
-
-        :param rollout: The rollout
-        :param weights: W (N,)
-        :return: What happened
-        :raises FloatingPointError: Before a step along a gradient that is not finite
-        """
         index, starts = self._minibatches(len(rollout))
         table = np.empty((len(starts) - 1, len(STATS)), np.float32)
         kl_limit = np.inf if self.target_kl is None else 1.5 * self.target_kl
         with one_blas_thread():
             n, end = kernels.improve_actor(
-                self.actor.arrays, self.kind, self.choices, features(self.policy, rollout.states), self._actions(rollout),
-                rollout.old_log_prob.float().numpy(), weights.float().numpy(), index, starts, self.clip_range,
-                float(self.ent_coef), float(self.max_grad_norm), float(kl_limit), table,
+                self.actor.arrays, self.kind, self.choices, *self._of_actor(rollout), rollout.old_log_prob.float().numpy(),
+                weights.float().numpy(), index, starts, self.clip_range, float(self.ent_coef), float(self.max_grad_norm),
+                float(kl_limit), table,
             )  # fmt: skip
         if end in (kernels.BAD_OUTPUT, kernels.BAD_GRADIENT):
             raise FloatingPointError("actor's output" if end == kernels.BAD_OUTPUT else "actor's gradient")
@@ -350,19 +302,12 @@ class NumbaEngine:
         return ActorPass(stats, end == kernels.STOPPED)
 
     def jacobian(self, rollout: Rollout, parameters: list[nn.Parameter], generator: th.Generator) -> Jacobian:
-        """
-        :param rollout: The rollout
-        :param parameters: The critic's trainable parameters
-        :param generator: Source of what it draws
-        :return: The critic's Jacobian at the rollout's observations
-        """
-        if [*map(id, parameters)] != [*map(id, self.critic.parameters)]:  # some are frozen, or in another order
-            self.critic.write_back()
-            return TorchEngine.jacobian(self, rollout, parameters, generator)  # type: ignore[arg-type]
-        return MlpJacobian(self, rollout)
+        if [*map(id, parameters)] == [*map(id, self.critic.parameters)]:
+            return MlpJacobian(self, rollout)
+        self.critic.write_back()  # some are frozen, or in another order
+        return super().jacobian(rollout, parameters, generator)
 
     def write_back(self) -> None:
-        """Let the policy and both optimizers be what was computed."""
         self.actor.write_back()
         self.critic.write_back()
 
@@ -374,9 +319,10 @@ class NumbaEngine:
         k = np.arange(n_minibatches + 1)
         return th.cat(passes).numpy(), k // in_a_pass * n + k % in_a_pass * self.batch_size
 
-    @staticmethod
-    def _actions(rollout: Rollout) -> np.ndarray:
-        return np.ascontiguousarray(rollout.actions.float().view(len(rollout), -1).numpy())
+    def _of_actor(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        """Features and actions."""
+        actions = rollout.actions.float().view(len(rollout), -1).numpy()
+        return features(self.policy, rollout.states), np.ascontiguousarray(actions)
 
 
 class MlpJacobian(LayerJacobian):
@@ -401,7 +347,7 @@ class MlpJacobian(LayerJacobian):
         net = net._replace(outputs=np.empty(n * n_outputs, x.dtype))
         signals = np.empty_like(net.outputs)
         with one_blas_thread():
-            kernels.layer_rows(net, x, signals)
+            kernels.signals(net, x, signals)
         ends = (net.layers[:, kernels.OUTPUT] * n)[1:]
         h, delta = ([th.from_numpy(part.reshape(-1, n)).T for part in np.split(flat, ends)] for flat in (net.outputs, signals))
         self._inputs, self._signals = [th.from_numpy(x), *h[:-1]], delta
