@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Small networks: more threads would only wait for each other
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test slow conformance zoo fuzz soak mutation results replication stage2 ablation lint
+.PHONY: train test test-benchmarks slow conformance zoo fuzz soak mutation results replication stage2 defaults ablation lint
 
 train: $(INSTALLED)
 	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
@@ -17,10 +17,14 @@ train: $(INSTALLED)
 	@grep -q "^Mean reward" logs/CartPole-v1.txt
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not zoo"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not zoo and not benchmarks"
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+# Of benchmarks/, and the theory on exactly solvable problems
+test-benchmarks: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "benchmarks and not slow"
 
 # SB3's own tests, of the installed version
 conformance: $(INSTALLED)
@@ -60,6 +64,11 @@ replication: $(INSTALLED)
 stage2: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage stage2
 	$(BIN)/python benchmarks/report.py benchmarks/results/stage2/returns.csv
+
+# Which runs decide the constructor's defaults: benchmarks/tuning.md. About 4 core-hours
+defaults: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py --stage rollouts
+	$(BIN)/python benchmarks/run.py --stage caps
 
 # What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 6 core-hours, 5 after `results`; a killed run goes
 # on where it was

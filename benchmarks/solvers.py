@@ -1,9 +1,9 @@
 """
 How good a solve of the critic's linear system is, and what it costs, by solver.
 
-``nice python benchmarks/solvers.py`` writes two tables and two figures to ``benchmarks/results``, in about ten minutes on one
-core. Times are CPU times of one thread, in float32, and those of all that a response costs a rollout: the critic's Jacobian,
-the right side, the solve and the change of the values.
+``nice python benchmarks/solvers.py`` writes two tables and two figures to ``benchmarks/results``, in about seven minutes on
+one core. Times are CPU times of one thread, in float32, and those of all that a response costs a rollout: the Jacobian, the
+right side, the solve and the change of the values.
 
 (a) accuracy: ``solvers_accuracy.csv`` and ``.png``. Critics in mid-training, whole rollouts of 2,048 transitions: the relative
     error of u (how the critic's best response moves the values) against "exact" at the same damping. "256 rows" is

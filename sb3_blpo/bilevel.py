@@ -14,10 +14,11 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_finite, finite, scheduled
 from sb3_blpo.engines import ActorPass, TorchEngine, compiled_acting, make_engine
-from sb3_blpo.ihvp import make_solver
+from sb3_blpo.ihvp import MAX_DENSE, make_solver
 from sb3_blpo.policies import check_optimizers, separate, set_learning_rate
 from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_weights
 from sb3_blpo.rollout import Rollout, Truncation, joined
@@ -86,6 +87,7 @@ class Bilevel(OnPolicyAlgorithm):
         self.clip_range = as_schedule("clip_range", self.clip_range)
         self.critic_optimizer = separate(self.policy, self.lr_schedule(1))
         self._former_rollouts, self._truncations, self._before_noise = [], [], {}
+        self._check_size_of_dense_solve()
         if self.env is None:
             return
         n = self.n_steps * self.n_envs
@@ -156,6 +158,7 @@ class Bilevel(OnPolicyAlgorithm):
         """
         check_arguments(self)
         check_optimizers(self.policy, self.critic_optimizer)
+        self._check_size_of_dense_solve()
         rollout = self._finished_rollout()
         latest = [*self._former_rollouts, (rollout.states, rollout.returns)][-self._n_critic_rollouts :]
         states, returns = joined(latest)
@@ -200,6 +203,19 @@ class Bilevel(OnPolicyAlgorithm):
         parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
         return 1 if any(len(part.shape or ()) >= 3 for part in parts) else CRITIC_ROLLOUTS
 
+    @property
+    def _critic_parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.critic_optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def _check_size_of_dense_solve(self) -> None:
+        of_parameters = self.curvature == "hessian"
+        n = sum(p.numel() for p in self._critic_parameters) if of_parameters else self.n_steps * self.n_envs
+        if self.ihvp_solver == "exact" and n > MAX_DENSE:
+            raise WrongArgument(
+                f"`ihvp_solver`='exact' with `curvature`={self.curvature!r} takes at most {MAX_DENSE} "
+                f"{'critic parameters' if of_parameters else 'transitions in a rollout'}, got {n}; use 'nystrom' or 'cg'."
+            )
+
     def _finished_rollout(self) -> Rollout:
         buffer = self.rollout_buffer
         if not buffer.full or self._last_obs is None or self._last_episode_starts is None:
@@ -243,7 +259,7 @@ class Bilevel(OnPolicyAlgorithm):
         settings = IHVP_DEFAULTS | (self.ihvp_kwargs or {})
         damping = settings.pop("damping")
         solver = make_solver(self.ihvp_solver, **settings)
-        parameters = [p for group in self.critic_optimizer.param_groups for p in group["params"] if p.requires_grad]
+        parameters = self._critic_parameters
         if solver is None or not parameters:  # what is frozen does not respond
             return None
         # A function of the training's progress, so that solvers with and without a draw see the same global generators

@@ -30,6 +30,8 @@ from sb3_blpo.zoo import default_hyperparams
 ROOT = Path(__file__).parents[1]
 TINY = {"n_envs": 2, "n_steps": 32, "batch_size": 32, "n_epochs": 1}
 
+pytestmark = pytest.mark.benchmarks
+
 
 def cell(name="BLPO", env_id="CartPole-v1", n_timesteps=128, seed=0, n_evaluations=2, **params):
     what = grid.ALGORITHMS[name]

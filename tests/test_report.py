@@ -9,6 +9,8 @@ import report
 import returns
 from scipy import stats
 
+pytestmark = pytest.mark.benchmarks
+
 
 def curve(values):
     """Rows of one run: its returns at the evaluations."""

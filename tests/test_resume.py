@@ -1,5 +1,6 @@
 """Interrupted training, continued in a new process from a checkpoint: bit for bit what it would have been."""
 
+import copy
 import multiprocessing
 import pickle
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from envs import SpaceEnv, vec_env
-from models import SMALL, OwnRollouts, actor_of, differences, logged, moved, small, state_of
+from envs import BOX, SpaceEnv, vec_env
+from gymnasium import spaces
+from models import SMALL, actor_of, critic_of, differences, logged, moved, small, state_of
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
@@ -45,11 +48,11 @@ ENVS: dict[str, Callable[[], VecEnv]] = {
 }
 #: Environment, whether it is seeded and reset, arguments
 RUNS: dict[str, tuple[str, bool, dict[str, Any]]] = {
-    "pickled": ("CartPole", False, {"ihvp_kwargs": {"sketch": "columns", "rank": 4}}),
-    "normalized": ("Pendulum", False, {"learning_rate": LinearSchedule(1e-3, 0.0, 1.0)}),
+    "pickled": ("CartPole", False, {"critic_rollouts": 1, "ihvp_kwargs": {"sketch": "columns", "rank": 4}}),
+    "normalized": ("Pendulum", False, {"critic_rollouts": 4, "learning_rate": LinearSchedule(1e-3, 0.0, 1.0)}),
     "MuJoCo": ("Hopper", False, {"ihvp_solver": "nystrom_cg"}),
     "gSDE": ("Noisy", False, {"use_sde": True, "sde_sample_freq": 4}),
-    "reset": ("Noisy", True, {"curvature": "hessian", "ihvp_kwargs": {"rank": 3}}),
+    "reset": ("Noisy", True, {"critic_rollouts": 2, "curvature": "hessian", "ihvp_kwargs": {"rank": 3}}),
     "reset gSDE": ("Pendulum", True, {"use_sde": True}),
     "Box2D": ("LunarLander", True, {}),
 }
@@ -134,26 +137,27 @@ def test_learning_in_parts(run: str, tmp_path: Path) -> None:
         assert not differences(state_of(whole), state_of(model))
 
 
-@pytest.mark.parametrize("reset_env", [False, True])
-def test_noise_of_a_subclass_that_collects_rollouts_in_its_own_way(reset_env: bool, tmp_path: Path) -> None:
-    def model(env: VecEnv) -> OwnRollouts:
-        return OwnRollouts("MlpPolicy", env, **SMALL, use_sde=True)
+@pytest.mark.parametrize(
+    ("policy", "env"), [("MlpPolicy", SpaceEnv()), ("MultiInputPolicy", SpaceEnv(spaces.Dict(x=BOX, room=spaces.Discrete(3))))]
+)
+def test_the_rollouts_before_are_kept(policy: str, env: SpaceEnv, tmp_path: Path) -> None:
+    """The critic's minibatches come from these, too; a model that is loaded without them starts anew."""
 
-    whole = model(ENVS["Pendulum"]()).learn(TOTAL, ResumableCheckpoint(tmp_path / "other", SAVE_FREQ, reset_env))
-    with pytest.raises(KeyboardInterrupt):
-        model(ENVS["Pendulum"]()).learn(TOTAL, [ResumableCheckpoint(tmp_path / "model", SAVE_FREQ, reset_env), Crash()])
-    resumed = resume(tmp_path / "model", ENVS["Pendulum"]() if reset_env else None, OwnRollouts, device="cpu")
-    checkpoint = ResumableCheckpoint(tmp_path / "model", SAVE_FREQ, reset_env)
-    resumed.learn(TOTAL - resumed.num_timesteps, checkpoint, reset_num_timesteps=False)
-    assert not differences(state_of(whole), state_of(resumed))
+    def run(model: BLPO, n_rollouts: int, path: str) -> BLPO:
+        model.learn(16 * n_rollouts, ResumableCheckpoint(tmp_path / path), reset_num_timesteps=False)
+        return model
 
+    def start() -> BLPO:
+        return small(policy, copy.deepcopy(env), critic_rollouts=4)
 
-@pytest.mark.parametrize("run", ["gSDE", "normalized"])
-def test_checkpoints_do_not_disturb_the_run(run: str, tmp_path: Path) -> None:
-    env, _, arguments = RUNS[run]
-    first = small(env=ENVS[env](), **arguments).learn(TOTAL)
-    second = small(env=ENVS[env](), **arguments).learn(TOTAL, ResumableCheckpoint(tmp_path / "model"))
-    assert not differences(state_of(first), state_of(second))
+    whole = run(start(), 8, "whole")
+    run(start(), 5, "part")
+    assert not differences(state_of(whole), state_of(run(resume(tmp_path / "part", device="cpu"), 3, "other")))
+    run(start(), 5, "part")
+    without = resume(tmp_path / "part", device="cpu")
+    without._former_rollouts = BLPO.load(tmp_path / "part", device="cpu")._former_rollouts
+    assert without._former_rollouts == []
+    assert moved(critic_of(whole), critic_of(run(without, 3, "other")))
 
 
 def test_nothing_is_saved_within_a_rollout(tmp_path: Path) -> None:
@@ -188,13 +192,21 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
 
 
 class Subclass(BLPO):
-    """A user's own."""
+    """A user's own, which collects rollouts in its own way: SB3's."""
+
+    collect_rollouts = OnPolicyAlgorithm.collect_rollouts
 
 
-def test_the_class_is_kept(tmp_path: Path) -> None:
-    model = Subclass("MlpPolicy", SpaceEnv(), **SMALL)
-    model.learn(16, ResumableCheckpoint(tmp_path / "model"))
-    assert type(resume(tmp_path / "model", algorithm_class=Subclass, device="cpu")) is Subclass
+def test_a_subclass(tmp_path: Path) -> None:
+    def start() -> BLPO:
+        return Subclass("MlpPolicy", ENVS["Pendulum"](), **SMALL, use_sde=True)
+
+    whole = start().learn(TOTAL, ResumableCheckpoint(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        start().learn(TOTAL, [ResumableCheckpoint(tmp_path / "model"), Crash()])
+    resumed = resume(tmp_path / "model", algorithm_class=Subclass, device="cpu")
+    resumed.learn(TOTAL - resumed.num_timesteps, ResumableCheckpoint(tmp_path / "model"), reset_num_timesteps=False)
+    assert type(resumed) is Subclass and not differences(state_of(whole), state_of(resumed))
     with pytest.raises(ValueError, match="is a checkpoint of Subclass, so `algorithm_class` must be that, got BLPO"):
         resume(tmp_path / "model", device="cpu")
 

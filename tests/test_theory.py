@@ -26,6 +26,8 @@ from stackelberg import (
 
 from sb3_blpo.ihvp import ConjugateGradient, Exact
 
+pytestmark = pytest.mark.benchmarks
+
 
 @pytest.mark.parametrize("gae_lambda", LAMBDAS)
 def test_tabular_hypergradient_is_the_policy_gradient(gae_lambda: float) -> None:

@@ -104,7 +104,8 @@ class TorchEngine:
         :return: log pi(a_t|s_t) in eval mode (N,)
         """
         self.policy.set_training_mode(False)
-        return th.cat([self._evaluate(rollout, index)[0] for index in in_order(len(rollout), 4 * self.batch_size)])
+        log_probs = [self._evaluate(rollout, index)[0] for index in in_order(len(rollout), 4 * self.batch_size)]
+        return finite("actor's output", th.cat(log_probs))
 
     def improve_actor(self, rollout: Rollout, weights: th.Tensor) -> ActorPass:
         """

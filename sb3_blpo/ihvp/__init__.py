@@ -6,10 +6,10 @@ A solver never raises: a solve that failed says so in its :class:`Solution`.
 
 from sb3_blpo.ihvp.base import Solution, Solver
 from sb3_blpo.ihvp.cg import ConjugateGradient
-from sb3_blpo.ihvp.exact import Exact
+from sb3_blpo.ihvp.exact import MAX_DENSE, Exact
 from sb3_blpo.ihvp.nystrom import Nystrom
 
-__all__ = ["ConjugateGradient", "Exact", "Nystrom", "Solution", "Solver", "make_solver"]
+__all__ = ["MAX_DENSE", "ConjugateGradient", "Exact", "Nystrom", "Solution", "Solver", "make_solver"]
 
 
 def make_solver(ihvp_solver: str, rank: int, sketch: str, max_iter: int, tol: float) -> Solver | None:

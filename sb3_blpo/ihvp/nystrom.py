@@ -122,7 +122,7 @@ def _regular(M: th.Tensor, dtype: th.dtype) -> th.Tensor:
     singular where a sampled parameter has no gradient (dead ReLU) or two sampled states are the same.
     """
     diagonal = M.diagonal()
-    diagonal += diagonal.max() * (len(M) * th.finfo(dtype).eps) + th.finfo(M.dtype).tiny
+    diagonal += diagonal.max() * (len(M) * th.finfo(dtype).eps) + th.finfo(dtype).tiny
     return M
 
 
