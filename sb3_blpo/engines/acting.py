@@ -58,8 +58,8 @@ class CompiledActing:
     def _noise(self, n: int) -> np.ndarray:
         """As torch's distributions draw it, one categorical action after the other (n, n_out)."""
         if self.kind == kernels.GAUSSIAN:
-            return th.empty(n, self.n_actions).normal_().numpy()
-        parts = [th.empty(n, k).exponential_().numpy() for k in self.choices.tolist()]
+            return th.empty(n, self.n_actions, device="cpu").normal_().numpy()
+        parts = [th.empty(n, k, device="cpu").exponential_().numpy() for k in self.choices.tolist()]
         return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 

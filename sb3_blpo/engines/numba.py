@@ -221,7 +221,7 @@ class FlatNetwork:
             parameter.copy_(_like(parameter, self.arrays.parameters[span]))
             state = self.optimizer.state[parameter]
             if not state:
-                state["step"] = th.zeros(())
+                state["step"] = th.zeros((), device="cpu")
                 state["exp_avg"], state["exp_avg_sq"] = th.zeros_like(parameter), th.zeros_like(parameter)
             state["step"].fill_(self.arrays.steps[i])
             state["exp_avg"].copy_(_like(parameter, self.arrays.exp_avg[span]))
