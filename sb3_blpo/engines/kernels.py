@@ -34,33 +34,19 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 class Network(NamedTuple):
-    """
-    A network, its optimizer's state, and space for a minibatch.
+    """A network, its optimizer's state, and space for a minibatch."""
 
-    :param parameters: Weight and bias of each layer, then the logarithms of the standard deviations if there are any (n,)
-    :param gradient: (n,)
-    :param exp_avg: Adam's first moments (n,)
-    :param exp_avg_sq: Adam's second moments (n,)
-    :param layers: (n_layers, 6)
-    :param spans: Where each trained parameter starts and ends (k, 2)
-    :param settings: Adam's for each of these (k, 6)
-    :param steps: Number of Adam's steps of each (k,)
-    :param rows: Inputs of a minibatch (batch_size, n_in)
-    :param outputs: Of all layers (batch_size * n_outputs,)
-    :param deltas: Derivatives of the loss by a layer's outputs, layers take turns (2, batch_size * largest n_out)
-    """
-
-    parameters: Array
-    gradient: Array
-    exp_avg: Array
-    exp_avg_sq: Array
-    layers: Array
-    spans: Array
-    settings: Array
-    steps: Array
-    rows: Array
-    outputs: Array
-    deltas: Array
+    parameters: Array  # weight and bias of each layer, then the logarithms of standard deviations if there are any (n,)
+    gradient: Array  # (n,)
+    exp_avg: Array  # Adam's first moments (n,)
+    exp_avg_sq: Array  # Adam's second moments (n,)
+    layers: Array  # (n_layers, 6)
+    spans: Array  # where each trained parameter starts and ends (k, 2)
+    settings: Array  # Adam's for each of these (k, 6)
+    steps: Array  # number of Adam's steps of each (k,)
+    rows: Array  # inputs of a minibatch (batch_size, n_in)
+    outputs: Array  # of all layers (batch_size * n_outputs,)
+    deltas: Array  # derivatives of the loss by a layer's outputs, layers take turns (2, batch_size * largest n_out)
 
 
 @compiled
@@ -233,13 +219,8 @@ def squared_error(values: Array, returns: Array, index: Array, d: Array) -> floa
 @compiled
 def fit_critic(net: Network, x: Array, returns: Array, index: Array, starts: Array, losses: Array) -> None:
     """
-    Steps of the critic's optimizer.
-
-    :param x: Features (n, n_in)
-    :param returns: (n,)
-    :param index: Rows of all minibatches
-    :param starts: Where each minibatch starts in `index`, and where the last one ends (n_steps + 1,)
-    :param losses: Of each minibatch, written (n_steps,)
+    Steps of the critic's optimizer on features x (n, n_in) and returns (n,), in minibatches of the rows
+    index[starts[k]:starts[k + 1]]; their losses are written.
     """
     for k in range(len(losses)):
         rows = index[starts[k] : starts[k + 1]]
@@ -320,13 +301,8 @@ def categorical_gradient(log_p: Array, actions: Array, by_log_prob: Array, by_en
 @compiled
 def evaluate(net: Network, kind: int, choices: Array, y: Array, actions: Array, log_prob: Array, entropy: Array) -> bool:
     """
-    :param kind: Of the distribution
-    :param choices: How many each categorical action has
-    :param y: The network's outputs (n_out, B); those of categorical actions become log-probabilities
-    :param actions: (B, n_actions)
-    :param log_prob: log pi(a|s), written (B,)
-    :param entropy: Written (B,)
-    :return: Whether the outputs are parameters of a distribution
+    log pi(a|s) and entropies, written (B,), from outputs y (n_out, B) and actions (B, n_actions). Return whether the outputs
+    are parameters of a distribution. The logits of categorical actions, as many as `choices` for each, are normalised.
     """
     log_prob[:], entropy[:] = 0, 0
     if kind == GAUSSIAN:
@@ -346,9 +322,8 @@ def evaluate_gradient(
 ) -> None:
     """From derivatives of the loss by log-probabilities and by each entropy to those by outputs and standard deviations."""
     if kind == GAUSSIAN:
-        gaussian_gradient(
-            y, net.parameters[-len(y) :], actions, by_log_prob, by_entropy, d, net.gradient[-len(y) :]
-        )  # fmt: skip
+        log_std, by_log_std = net.parameters[-len(y) :], net.gradient[-len(y) :]
+        gaussian_gradient(y, log_std, actions, by_log_prob, by_entropy, d, by_log_std)
         return
     start = 0
     for k in range(len(choices)):

@@ -81,7 +81,7 @@ def policy_is_other(policy: ActorCriticPolicy, methods: Sequence[str]) -> Iterat
     for module in (policy.mlp_extractor, policy.pi_features_extractor, policy.vf_features_extractor):
         if type(module) not in (MlpExtractor, FlattenExtractor):
             yield f"there is a {type(module).__name__} in the policy"
-    for part in (policy.action_dist, *policy.children(), *policy.mlp_extractor.modules()):
+    for part in (policy.action_dist, *list(policy.modules())[1:]):
         if any(callable(value) for name, value in vars(part).items() if hasattr(type(part), name)):
             yield f"a method of a {type(part).__name__} was replaced"
     if any(getattr(module, name) for module in policy.modules() for name in HOOKS):
@@ -117,9 +117,8 @@ def optimizer_is_other(optimizer: th.optim.Optimizer, policy: ActorCriticPolicy,
         if any(isinstance(x, th.Tensor) for x in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])):
             yield "an optimizer has tensors for settings"
     for state in optimizer.state.values():
-        if {*state} - {"step", "exp_avg", "exp_avg_sq"} or any(
-            getattr(x, "dtype", None) != th.float32 for x in state.values()
-        ):
+        known = state.keys() <= {"step", "exp_avg", "exp_avg_sq"}
+        if not known or any(getattr(x, "dtype", None) != th.float32 for x in state.values()):
             yield "an optimizer's state is another than Adam's in float32"
 
 
