@@ -120,6 +120,7 @@ class Bilevel(OnPolicyAlgorithm):
         :return: True if a whole rollout was collected, False if the callback terminated it
         :raises ValueError: If the rollout buffer is for other settings, or an observation is not finite
         """
+        check_arguments(self)
         for name, of_buffer in (("n_steps", "buffer_size"), ("gamma", "gamma"), ("gae_lambda", "gae_lambda")):
             if getattr(self, name) != getattr(self.rollout_buffer, of_buffer):
                 raise ValueError(

@@ -178,6 +178,24 @@ def test_arguments_are_not_changed() -> None:
     assert (ihvp_kwargs, policy_kwargs) == ({"rank": 3}, {"net_arch": [4]})
 
 
+@pytest.mark.parametrize(
+    ("curvature", "large", "what"),
+    [
+        ("hessian", {"policy_kwargs": {"net_arch": [80, 80]}}, f"critic parameters, got {4 * 80 + 81 * 80 + 81}"),
+        ("gauss_newton", {"n_steps": 5008}, "transitions in a rollout, got 5008"),
+    ],
+)
+def test_dense_solve_of_a_large_system(curvature: str, large: dict[str, Any], what: str, tmp_path: Path) -> None:
+    model = small(curvature=curvature, **large)
+    model.save(tmp_path / "model")
+    for action in (
+        lambda: small(ihvp_solver="exact", curvature=curvature, **large),
+        lambda: BLPO.load(tmp_path / "model", SpaceEnv(), device="cpu", ihvp_solver="exact"),
+    ):
+        message = refusal(action)
+        assert "`ihvp_solver`='exact'" in message and "at most 5000" in message and what in message
+
+
 # PPO's arguments
 
 

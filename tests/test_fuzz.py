@@ -21,6 +21,7 @@ from sb3_blpo.checks import CURVATURES, IHVP_SOLVERS, SKETCHES
 REFUSED = re.compile(
     r"generalized State-Dependent Exploration \(gSDE\) can only be used with continuous actions\."
     r"|`normalize_advantage`=True takes more than one transition, .*"
+    r"|`ihvp_solver`='exact' with `curvature`='hessian' takes at most .*"
 )
 DIVERGED = re.compile(r"The .* is not finite in update \d+, after \d+ timesteps; networks and optimizers were put back .*")
 LAYERS = st.lists(st.integers(1, 9), max_size=2)
