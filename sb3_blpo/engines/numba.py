@@ -3,6 +3,7 @@ Gradient steps compiled by numba, for SB3's own MLP policies on the CPU: whole p
 of its own; the policy and its optimizers change when it writes them back.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -349,15 +350,18 @@ class MlpJacobian(LayerJacobian):
             kernels.signals(net, x, signals)
         ends = (net.layers[:, kernels.OUTPUT] * n)[1:]
         h, delta = ([th.from_numpy(part.reshape(-1, n)).T for part in np.split(flat, ends)] for flat in (net.outputs, signals))
-        self._inputs, self._signals = [th.from_numpy(x), *h[:-1]], delta
+        inputs = [th.from_numpy(x), *h[:-1]]
+        self._rows = AllLayers([LinearRows(h, d.contiguous(), True) for h, d in zip(inputs, delta, strict=True)], self.sizes)
         self._kept = [self.at(slice(len(rollout)))]
 
     def at(self, index: Any) -> AllLayers:
-        parts = zip(self._inputs, self._signals, strict=True)
-        return AllLayers([LinearRows(h[index], delta[index], True) for h, delta in parts], self.sizes)
+        parts: list[Any] = [copy.copy(part) for part in self._rows.parts]
+        for part in parts:
+            part.h, part.delta = part.h[index], part.delta[index]
+        return AllLayers(parts, self.sizes)
 
     def gradient(self, c: th.Tensor) -> th.Tensor:
-        return self.at(slice(None)).Jt_w(c)
+        return self._rows.Jt_w(c)
 
     def _values(self, index: th.Tensor) -> th.Tensor:
         self._write_back()  # the exact Hessian is autograd's
