@@ -2,17 +2,11 @@
 
 from importlib.metadata import version
 
-from stable_baselines3.common.policies import (
-    ActorCriticCnnPolicy as CnnPolicy,
-)
-from stable_baselines3.common.policies import (
-    ActorCriticPolicy as MlpPolicy,
-)
-from stable_baselines3.common.policies import (
-    MultiInputActorCriticPolicy as MultiInputPolicy,
-)
+from stable_baselines3.common.policies import ActorCriticCnnPolicy as CnnPolicy
+from stable_baselines3.common.policies import MultiInputActorCriticPolicy as MultiInputPolicy
 
 from sb3_blpo.blpo import BLPO
+from sb3_blpo.policies import MlpPolicy
 
 __version__ = version("sb3_blpo")
 

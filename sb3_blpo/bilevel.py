@@ -17,12 +17,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_finite, finite, scheduled
-from sb3_blpo.engines import ActorPass, TorchEngine
+from sb3_blpo.engines import ActorPass, TorchEngine, compiled_acting, make_engine
 from sb3_blpo.ihvp import MAX_DENSE, make_solver
-from sb3_blpo.jacobian import make_jacobian
-from sb3_blpo.policies import check_optimizers, separate, set_learning_rate
+from sb3_blpo.policies import MlpPolicy, check_optimizers, separate, set_learning_rate
 from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_weights
-from sb3_blpo.rollout import Rollout, Truncation, joined, take
+from sb3_blpo.rollout import Rollout, Truncation, joined
 
 IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "values", "max_iter": 50, "tol": 1e-5}
 #: The critic's learning rate in units of the actor's, the ratio of the paper's settings
@@ -71,7 +70,10 @@ class Bilevel(OnPolicyAlgorithm):
     curvature: str
     max_correction_ratio: float | None
     target_kl: float | None
+    engine: str = "auto"
 
+    #: Which engine the latest update ran on, "numba" or "torch", and why
+    engine_in_use: str | None = None
     critic_optimizer: th.optim.Optimizer
     #: States and returns of the latest rollouts before this one, the oldest first
     _former_rollouts: list[tuple[PyTorchObs, th.Tensor]]
@@ -101,6 +103,10 @@ class Bilevel(OnPolicyAlgorithm):
                 stacklevel=2,
             )
 
+    def _maybe_recommend_cpu(self, mlp_class_name: str = "ActorCriticPolicy") -> None:
+        # SB3 knows its own class alone
+        super()._maybe_recommend_cpu(MlpPolicy.__name__ if self.policy_class is MlpPolicy else mlp_class_name)
+
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule = as_schedule("learning_rate", self.learning_rate)
         if self.critic_learning_rate is not None:
@@ -128,7 +134,8 @@ class Bilevel(OnPolicyAlgorithm):
                 )
         self._before_noise = torch_generator_states() if self.use_sde else {}
         try:
-            return super().collect_rollouts(env, callback, *args, **kwargs)
+            with compiled_acting(self.engine, self.policy):
+                return super().collect_rollouts(env, callback, *args, **kwargs)
         except ValueError:
             # The distribution refuses the parameters that NaN observations lead to, in words that do not mention them
             check_finite("observations", self._last_obs)
@@ -196,6 +203,7 @@ class Bilevel(OnPolicyAlgorithm):
                     if self.verbose >= 1:
                         print(f"Early stopping at epoch {epoch}: the KL divergence is above 1.5 * {self.target_kl}")
                     break
+            engine.write_back()
             self._check_networks(buffers)
         self._n_updates += len(epochs)
         self._former_rollouts = latest[1:] if len(latest) == self._n_critic_rollouts else latest
@@ -246,7 +254,8 @@ class Bilevel(OnPolicyAlgorithm):
         set_learning_rate(self.critic_optimizer, critic_learning_rate)
         self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/critic_learning_rate", critic_learning_rate)
-        return TorchEngine(
+        engine, in_use = make_engine(
+            self.engine,
             self.policy,
             self.critic_optimizer,
             batch_size=int(self.batch_size),
@@ -255,6 +264,11 @@ class Bilevel(OnPolicyAlgorithm):
             max_grad_norm=self.max_grad_norm,
             target_kl=self.target_kl,
         )
+        if self.verbose >= 1 and in_use != self.engine_in_use:
+            compiles = "; where its compilation is not in numba's cache yet, that takes about 20 seconds"
+            print(f"Using engine {in_use}{compiles * (in_use == 'numba')}")
+        self.engine_in_use = in_use
+        return engine
 
     def _best_response(
         self, rollout: Rollout, engine: TorchEngine, values: th.Tensor, advantages: th.Tensor
@@ -269,11 +283,7 @@ class Bilevel(OnPolicyAlgorithm):
         generator = th.Generator().manual_seed(self.num_timesteps)
         ratio = (engine.log_prob(rollout) - rollout.old_log_prob).exp()
         weights = surrogate_weights(ratio, advantages, engine.clip_range)
-        observations = rollout.observations
-        jacobian = make_jacobian(
-            self.policy, generator, lambda index: take(observations, index), len(values), len(rollout), parameters,
-            engine.batch_size,
-        )  # fmt: skip
+        jacobian = engine.jacobian(rollout, parameters, generator)
         return best_response(rollout, jacobian, weights, values, solver, damping, self.curvature, generator)
 
     @contextlib.contextmanager

@@ -16,6 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 
 from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.bilevel import Bilevel
+from sb3_blpo.policies import MlpPolicy
 
 SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")
 
@@ -85,11 +86,13 @@ class BLPO(Bilevel):
     :param curvature: "gauss_newton" (positive semi-definite, the default) or "hessian" (exact, in general indefinite)
     :param max_correction_ratio: Largest norm of the correction relative to that of the advantages, >= 0; ``None``: no cap, and
         the advantages keep the length that the correction gives them
+    :param engine: What computes the gradient steps: "numba" (compiled, for SB3's own MLP policies on the CPU with Adam or
+        AdamW), "torch" (autograd, for every policy) or "auto" (numba's where it serves); ``engine_in_use`` says which and why
     :raises ValueError: If an argument is of the wrong type or out of range, or if actor and critic share a parameter
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": ActorCriticPolicy,
+        "MlpPolicy": MlpPolicy,
         "CnnPolicy": ActorCriticCnnPolicy,
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }
@@ -130,6 +133,7 @@ class BLPO(Bilevel):
         ihvp_interval: int | None = None,
         curvature: str = "gauss_newton",
         max_correction_ratio: float | None = 1.0,
+        engine: str = "auto",
     ):
         super().__init__(
             policy,
@@ -174,6 +178,7 @@ class BLPO(Bilevel):
         self.ihvp_interval = ihvp_interval
         self.curvature = curvature
         self.max_correction_ratio = max_correction_ratio
+        self.engine = engine
 
         if _init_setup_model:
             self._setup_model()
@@ -275,4 +280,4 @@ class BLPO(Bilevel):
         return [*state_dicts, "critic_optimizer"], tensors
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_former_rollouts", "_truncations", "_before_noise"]
+        return [*super()._excluded_save_params(), "_former_rollouts", "_truncations", "_before_noise", "engine_in_use"]

@@ -2,13 +2,30 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
+
+
+class MlpPolicy(ActorCriticPolicy):
+    """SB3's, which acts by compiled calls while BLPO collects a rollout, where the compiled engine serves."""
+
+    #: What acts instead of SB3's forward pass
+    acting: Callable[[PyTorchObs], tuple[th.Tensor, th.Tensor, th.Tensor]] | None = None
+
+    def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        if self.acting is None or deterministic or th.is_grad_enabled():
+            return super().forward(obs, deterministic)
+        return self.acting(obs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "acting": None}  # copies act for themselves
 
 
 def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:

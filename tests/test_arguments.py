@@ -51,6 +51,7 @@ WRONG: dict[str, tuple[str, list[Any]]] = {
     "ihvp_interval": INTEGER,
     "curvature": ("'gauss_newton', 'hessian'", ["fisher", None]),
     "max_correction_ratio": ("a finite number >= 0 or None", [-1e-9, NAN, INF, "0", True]),
+    "engine": ("one of 'auto', 'torch', 'numba'", ["Torch", None, True]),
 }
 WRONG_IHVP: dict[str, tuple[str, list[Any]]] = {
     "damping": ("a finite number > 0", [0, -0.5, NAN, INF, None]),

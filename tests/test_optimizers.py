@@ -119,8 +119,8 @@ def free_gradients(optimizer: th.optim.Optimizer, *_: Any) -> None:
 
 @pytest.mark.parametrize(("when", "hook"), [("pre", clone_gradients), ("post", free_gradients)])
 def test_hooks_that_replace_gradients(when: str, hook: Callable[..., None]) -> None:
-    plain = state_of(small().learn(32))
-    model = small()
+    plain = state_of(small(engine="torch").learn(32))
+    model = small(engine="torch")
     for optimizer in (model.policy.optimizer, model.critic_optimizer):
         getattr(optimizer, f"register_step_{when}_hook")(hook)
     assert not differences(plain, state_of(model.learn(32)))

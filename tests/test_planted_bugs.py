@@ -118,7 +118,7 @@ def check_three_steps_by_hand(ends: list[dict[int, str]], normalize_advantage: b
 
 
 def check_both_networks_step() -> None:
-    model = small()
+    model = small(engine="torch")
     assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
 
 

@@ -344,7 +344,7 @@ def test_hooks_of_parameters(solver: str) -> None:
 @pytest.mark.parametrize("network", ["policy_net", "value_net"])
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_hooks_that_look_change_nothing(network: str) -> None:
-    plain = state_of(small().learn(16))
+    plain = state_of(small(engine="torch").learn(16))
     model, seen = small(), []
     layer = getattr(model.policy.mlp_extractor, network)[0]
     layer.register_forward_hook(lambda module, inputs, output: seen.append(len(output.detach().numpy())))

@@ -275,7 +275,7 @@ SITES = {
 @given(fault=FAULTS, arguments=MODELS, data=st.data())
 def test_random_fault_in_an_update(site: str, fault: Fault, arguments: dict[str, Any], data: Any) -> None:
     inject, n_calls, needed = SITES[site]
-    arguments |= needed | {"ihvp_kwargs": arguments["ihvp_kwargs"] | needed.get("ihvp_kwargs", {})}
+    arguments |= needed | {"engine": "torch", "ihvp_kwargs": arguments["ihvp_kwargs"] | needed.get("ihvp_kwargs", {})}
     model = collect_rollout(make(**arguments))
     before, generator = everything(model), th.get_rng_state()
     stopped, fault.call = False, data.draw(st.integers(1, n_calls), label="call")

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 from torch.nn import functional as F
 
 from sb3_blpo.checks import finite
+from sb3_blpo.jacobian import Jacobian, make_jacobian
 from sb3_blpo.rollout import Rollout, in_order, minibatches, size, take
 
 
@@ -148,6 +150,22 @@ class TorchEngine:
         table = th.stack([th.stack([*row.values()]).float() for row in rows])
         stats = dict(zip(rows[0], table.mean(dim=0).tolist(), strict=True)) | {"loss": float(table[-1, -1])}
         return ActorPass(stats, stopped)
+
+    def jacobian(self, rollout: Rollout, parameters: list[nn.Parameter], generator: th.Generator) -> Jacobian:
+        """
+        :param rollout: The rollout
+        :param parameters: The critic's trainable parameters
+        :param generator: Source of what it draws
+        :return: The critic's Jacobian at the rollout's observations
+        """
+        observations = rollout.observations
+        return make_jacobian(
+            self.policy, generator, lambda index: take(observations, index), size(observations), len(rollout), parameters,
+            self.batch_size,
+        )  # fmt: skip
+
+    def write_back(self) -> None:
+        """Nothing to do: each step changed the policy and its optimizers."""
 
     def _evaluate(self, rollout: Rollout, index: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
         """Log-probabilities of actions and entropies, by what PPO trains."""
