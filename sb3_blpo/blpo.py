@@ -158,12 +158,6 @@ class BLPO(Bilevel):
             _init_setup_model=False,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
-        if vf_coef != 0.5:
-            warnings.warn(
-                f"`vf_coef`={vf_coef} has no effect: BLPO's critic has a loss of its own. Its step is set by "
-                "`critic_learning_rate`.",
-                stacklevel=2,
-            )
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -182,6 +176,12 @@ class BLPO(Bilevel):
 
         if _init_setup_model:
             self._setup_model()
+        if vf_coef != 0.5:
+            warnings.warn(
+                f"`vf_coef`={vf_coef} has no effect: BLPO's critic has a loss of its own. Its step is set by "
+                "`critic_learning_rate`.",
+                stacklevel=2,
+            )
 
     def learn(
         self: SelfBLPO,

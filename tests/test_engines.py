@@ -231,7 +231,7 @@ def test_which_engine_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
         {"learning_rate": 1e38, "critic_learning_rate": 1e-3, "n_epochs": 3},
         {"env": SpaceEnv(reward_scale=1e25)},
     ],
-    ids=str,
+    ids=["critic_diverges", "critic_overflows", "entropy", "actor_diverges", "rewards"],
 )
 def test_what_is_not_finite_is_refused_in_the_same_words(settings: dict[str, Any]) -> None:
     messages = []
