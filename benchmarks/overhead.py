@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     th.set_num_threads(1)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / "overhead.csv"
     for case in arguments.cases:
         table = measure(case, arguments.turns)
