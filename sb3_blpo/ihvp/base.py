@@ -1,7 +1,6 @@
 """What every solver takes and gives."""
 
-from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch as th
 
@@ -9,35 +8,20 @@ from sb3_blpo.curvature import GaussNewton
 
 
 class Solution(NamedTuple):
-    """
-    Outcome of a solve.
-
-    :param v: Approximate solution of (H + alpha I) v = g (n_params,)
-    :param ok: Whether the solve succeeded; where not, v means nothing ()
-    """
+    """An approximate solution v (n_params,), which means nothing where the solve was not ``ok``, a tensor ()."""
 
     v: th.Tensor
     ok: th.Tensor
 
 
-class Solver(ABC):
-    """A way to solve (H + alpha I) v = g."""
-
-    @abstractmethod
+class Solver(Protocol):
     def solve(self, system: GaussNewton, generator: th.Generator) -> Solution:
-        """
-        :param system: H, alpha and g
-        :param generator: Source of everything random, on the CPU
-        :return: The solution, with a failure as a value: no exception leaves a solver
-        """
+        """Solve (H + alpha I) v = g. Everything random comes from the generator, which is on the CPU. Never raises."""
+        ...
 
 
 def solve_dense(A: th.Tensor, b: th.Tensor) -> Solution:
-    """
-    :param A: Matrix, in float64 (k, k)
-    :param b: Right side (k,)
-    :return: Solution of A x = b in float64
-    """
+    """Solve A x = b, A (k, k) and x in float64."""
     x, info = th.linalg.solve_ex(A, b.double())
     # An infinite pivot gives a finite x
     return Solution(x, (info == 0) & (A.sum() + x.sum()).isfinite())
