@@ -20,7 +20,7 @@ from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_f
 from sb3_blpo.engines import ActorPass, TorchEngine, compiled_acting, make_engine
 from sb3_blpo.ihvp import MAX_DENSE, make_solver
 from sb3_blpo.policies import MlpPolicy, check_optimizers, separate, set_learning_rate
-from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_weights
+from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_derivative
 from sb3_blpo.rollout import Rollout, Truncation, joined
 
 IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "values", "max_iter": 50, "tol": 1e-5}
@@ -282,7 +282,7 @@ class Bilevel(OnPolicyAlgorithm):
         # A function of the training's progress, so that solvers with and without a draw see the same global generators
         generator = th.Generator().manual_seed(self.num_timesteps)
         ratio = (engine.log_prob(rollout) - rollout.old_log_prob).exp()
-        weights = surrogate_weights(ratio, advantages, engine.clip_range)
+        weights = surrogate_derivative(ratio, advantages, engine.clip_range)
         jacobian = engine.jacobian(rollout, parameters, generator)
         return best_response(rollout, jacobian, weights, values, solver, damping, self.curvature, generator)
 

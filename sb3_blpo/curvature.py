@@ -21,7 +21,7 @@ class GaussNewton:
     def __init__(self, jacobian: Jacobian, g: th.Tensor, damping: float) -> None:
         self.jacobian = jacobian
         self.g = g
-        self.scale = 2 / len(jacobian.loss_states)
+        self.scale = 2 / len(jacobian.curvature_states)
         #: tr(H) ()
         self.trace = self.scale * th.stack([rows.squared_norms().sum() for rows in jacobian.chunks()]).sum()
         self.alpha = damping * self.trace
@@ -52,7 +52,7 @@ class Hessian(GaussNewton):
 
     def __init__(self, jacobian: Jacobian, g: th.Tensor, damping: float, residuals: th.Tensor) -> None:
         super().__init__(jacobian, g, damping)
-        self.weights = self.scale * residuals[jacobian.loss_states]
+        self.weights = self.scale * residuals[jacobian.curvature_states]
 
     def H_v(self, v: th.Tensor) -> th.Tensor:
         return super().H_v(v) + self.jacobian.hessian_v(self.weights, v)

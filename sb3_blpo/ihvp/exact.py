@@ -22,7 +22,7 @@ class Exact(Solver):
             A.diagonal().add_(alpha)
             solution = solve_dense(A, g)
             return Solution(solution.v.to(g.dtype), solution.ok)
-        J = jacobian.at(jacobian.loss_states)
+        J = jacobian.at(jacobian.curvature_states)
         K = J.gram(J).double()
         K.diagonal().add_(alpha / system.scale)
         x, ok = solve_dense(K, J.J_v(g))
