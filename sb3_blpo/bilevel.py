@@ -31,22 +31,14 @@ CRITIC_ROLLOUTS = 8
 
 
 def torch_generator_states() -> dict[str, Any]:
-    """
-    :return: The states of torch's global generators, by device type
-    """
+    """The states of torch's global generators, by device type."""
     return {"torch": th.get_rng_state()} | ({"cuda": th.cuda.get_rng_state_all()} if th.cuda.is_initialized() else {})
 
 
 class Epoch(NamedTuple):
-    """
-    What happened in an epoch.
+    """What happened in an epoch."""
 
-    :param critic_losses: Before each of the critic's steps (n_steps,)
-    :param correction: The actor's advantages
-    :param actor_pass: The actor's pass
-    """
-
-    critic_losses: th.Tensor
+    critic_losses: th.Tensor  # before each of the critic's steps
     correction: Correction
     actor_pass: ActorPass
 
@@ -114,16 +106,7 @@ class Bilevel(OnPolicyAlgorithm):
         self._scheduled_rates = (self.learning_rate, self.critic_learning_rate)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> bool:
-        """
-        Collect experiences as SB3 does.
-
-        :param env: The training environment
-        :param callback: Callback that will be called at each step (and at the beginning and end of the rollout)
-        :param args: The rollout buffer, the number of steps and what else the collecting takes
-        :param kwargs: Likewise
-        :return: True if a whole rollout was collected, False if the callback terminated it
-        :raises ValueError: If the rollout buffer is for other settings, or an observation is not finite
-        """
+        """As SB3's. Raises ValueError if the rollout buffer is for other settings, or an observation is not finite."""
         check_arguments(self)
         for name, of_buffer in (("n_steps", "buffer_size"), ("gamma", "gamma"), ("gae_lambda", "gae_lambda")):
             if getattr(self, name) != getattr(self.rollout_buffer, of_buffer):
@@ -155,12 +138,7 @@ class Bilevel(OnPolicyAlgorithm):
                 self._truncations.append(Truncation(self.rollout_buffer.pos, env, copy.deepcopy(terminal)))
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """
-        Set another environment, as SB3 does; the critic's former rollouts were of the old one.
-
-        :param env: The environment
-        :param force_reset: Force call to ``reset()`` before training
-        """
+        """As SB3's; the critic's former rollouts, which were of the old environment, are forgotten."""
         super().set_env(env, force_reset)
         self._former_rollouts = []
 

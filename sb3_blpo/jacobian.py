@@ -156,9 +156,9 @@ class LayerJacobian(Jacobian):
         # A value depends on its own row alone: the gradient of their sum has each row's own in its place
         deltas = th.autograd.grad(values.sum(), [calls[0][1] for calls in seen.values()])
         parts: list[Rows] = []
-        for (layer, ((h, _),)), delta in zip(seen.items(), deltas, strict=True):
-            is_conv = isinstance(layer, nn.Conv2d)
-            parts.append(conv_rows(layer, h, delta) if is_conv else LinearRows(h, delta, layer.bias is not None))
+        for layer, delta in zip(self.layers, deltas, strict=True):
+            h, bias = seen[layer][0][0], layer.bias is not None
+            parts.append(conv_rows(layer, h, delta) if isinstance(layer, nn.Conv2d) else LinearRows(h, delta, bias))
         return AllLayers(parts, self.sizes)
 
     def is_right(self) -> bool:
