@@ -79,13 +79,9 @@ class Bilevel(OnPolicyAlgorithm):
         self.clip_range = as_schedule("clip_range", self.clip_range)
         self.critic_optimizer = separate(self.policy)
         self._former_rollouts, self._truncations, self._before_noise = [], [], {}
-        self._check_size_of_dense_solve()
-        if self.env is None:
-            return
+        self._check_sizes()
         n = self.n_steps * self.n_envs
-        if n == 1 and self.normalize_advantage:
-            raise WrongArgument("`normalize_advantage`=True takes more than one transition, got `n_steps` * `n_envs` = 1.")
-        if n % self.batch_size:
+        if self.env is not None and n % self.batch_size:
             warnings.warn(
                 f"You have specified a mini-batch size of {self.batch_size}, but because the `RolloutBuffer` is of size "
                 f"`n_steps * n_envs = {n}`, after every {n // self.batch_size} untruncated mini-batches, there will be a "
@@ -151,7 +147,7 @@ class Bilevel(OnPolicyAlgorithm):
         """
         check_arguments(self)
         check_optimizers(self.policy, self.critic_optimizer)
-        self._check_size_of_dense_solve()
+        self._check_sizes()
         rollout = self._finished_rollout()
         latest = [*self._former_rollouts, (rollout.states, rollout.returns)][-self._n_critic_rollouts :]
         states, returns = joined(latest)
@@ -168,7 +164,7 @@ class Bilevel(OnPolicyAlgorithm):
                 # Advantages under the new critic
                 values = engine.values(rollout.observations)
                 advantages = rollout.advantages_after(values - values_of_rollout)
-                if self.normalize_advantage and len(rollout) > 1:
+                if self.normalize_advantage:
                     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
                 # How the critic's best response to the actor would move its values, and with them the advantages
                 if epoch % (self.ihvp_interval or self.n_epochs) == 0:
@@ -202,7 +198,9 @@ class Bilevel(OnPolicyAlgorithm):
         own = {id(parameter) for group in self.critic_optimizer.param_groups for parameter in group["params"]}
         return [parameter for parameter in self.policy.parameters() if id(parameter) in own and parameter.requires_grad]
 
-    def _check_size_of_dense_solve(self) -> None:
+    def _check_sizes(self) -> None:
+        if self.normalize_advantage and self.n_steps * self.n_envs == 1:
+            raise WrongArgument("`normalize_advantage`=True takes more than one transition, got `n_steps` * `n_envs` = 1.")
         of_parameters = self.curvature == "hessian"
         n = sum(p.numel() for p in self._critic_parameters) if of_parameters else self.n_steps * self.n_envs
         if self.ihvp_solver == "exact" and n > MAX_DENSE:
@@ -233,15 +231,10 @@ class Bilevel(OnPolicyAlgorithm):
         self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/critic_learning_rate", critic_learning_rate)
         engine, in_use = make_engine(
-            self.engine,
-            self.policy,
-            self.critic_optimizer,
-            batch_size=int(self.batch_size),
-            clip_range=scheduled("clip_range", self.clip_range, progress),
-            ent_coef=self.ent_coef,
-            max_grad_norm=self.max_grad_norm,
+            self.engine, self.policy, self.critic_optimizer, batch_size=int(self.batch_size), ent_coef=self.ent_coef,
+            clip_range=scheduled("clip_range", self.clip_range, progress), max_grad_norm=self.max_grad_norm,
             target_kl=self.target_kl,
-        )
+        )  # fmt: skip
         if self.verbose >= 1 and in_use != self.engine_in_use:
             compiles = "; where its compilation is not in numba's cache yet, that takes about 20 seconds"
             print(f"Using engine {in_use}{compiles * (in_use == 'numba')}")

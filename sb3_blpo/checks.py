@@ -13,7 +13,6 @@ from stable_baselines3.common.utils import FloatSchedule
 IHVP_SOLVERS = ("nystrom", "cg", "nystrom_cg", "exact", "none")
 CURVATURES = ("gauss_newton", "hessian")
 SKETCHES = ("values", "gaussian", "columns")
-ENGINES = ("auto", "torch", "numba")
 
 
 def as_schedule(name: str, value: float | Schedule) -> FloatSchedule:
@@ -105,7 +104,7 @@ ARGUMENT_RULES: dict[str, Rule] = {
     "ihvp_interval": or_none(POSITIVE_INTEGER),
     "curvature": one_of(*CURVATURES),
     "max_correction_ratio": or_none(NON_NEGATIVE),
-    "engine": one_of(*ENGINES),
+    "engine": one_of("auto", "torch", "numba"),
 }
 IHVP_RULES: dict[str, Rule] = {
     "damping": POSITIVE_FINITE,

@@ -9,6 +9,7 @@ signals: :class:`LayerJacobian`. For any other critic the rows of some random st
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch as th
@@ -35,34 +36,21 @@ class Values(nn.Module):
         return self.policy.predict_values(observations).flatten()
 
 
+@dataclass(eq=False)
 class Jacobian(ABC):
-    """
-    J of the values of observations, the N states in the critic's loss first.
+    """J of the values of observations, the N states in the critic's loss first."""
 
-    :param critic: Maps observations to values (n,), in eval mode
-    :param take: Maps indices of observations to a copy of these
-    :param n_observations: How many there are
-    :param n_states: N, how many of them are in the critic's loss, from the first on
-    :param parameters: The critic's trainable parameters
-    :param batch_size: At most so many observations go through the critic at a time
-    """
+    critic: nn.Module  # maps observations to values (n,), in eval mode
+    take: Callable[[th.Tensor], Any]  # maps indices of observations to a copy of these
+    n_observations: int
+    n_states: int  # N
+    parameters: Sequence[nn.Parameter]  # those of the critic that are trained
+    batch_size: int  # at most so many observations go through the critic at a time
 
-    def __init__(
-        self,
-        critic: nn.Module,
-        take: Callable[[th.Tensor], Any],
-        n_observations: int,
-        n_states: int,
-        parameters: Sequence[nn.Parameter],
-        batch_size: int,
-    ) -> None:
-        self.critic, self.take = critic, take
-        self.n_observations, self.n_states = n_observations, n_states
-        self.parameters = list(parameters)
-        self.n_params = sum(parameter.numel() for parameter in parameters)
-        self.batch_size = batch_size
+    def __post_init__(self) -> None:
+        self.n_params = sum(parameter.numel() for parameter in self.parameters)
         #: The states that the curvature is made from: all, or a sample of them
-        self.curvature_states = th.arange(n_states, device="cpu")
+        self.curvature_states = th.arange(self.n_states, device="cpu")
 
     @abstractmethod
     def at(self, index: th.Tensor) -> Rows:
@@ -236,9 +224,8 @@ def layers_of(critic: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.
     if [id(parameter) for layer in layers for parameter in layer._parameters.values() if parameter is not None] != own:
         return None
     plain = [layer for layer in layers if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and _is_plain(layer))]
-    if len(plain) != len(layers) or any(layer._parameters.keys() != {"weight", "bias"} for layer in plain):  # weight_norm
-        return None
-    return plain or None
+    unknown = len(plain) < len(layers) or any(layer._parameters.keys() != {"weight", "bias"} for layer in plain)  # weight_norm
+    return None if unknown or not plain else plain
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:

@@ -69,26 +69,16 @@ class Rollout:
     """
     T = n_steps of E = n_envs environments, N = T E transitions in time order. Flat tensors join steps and environments, steps
     first.
-
-    :param observations: s_t, then the observations after the last step, then the terminal ones of truncated episodes
-        (N + E + n_truncated, ...)
-    :param actions: (N, ...) or, if discrete, (N,)
-    :param old_log_prob: log pi_old(a_t|s_t) (N,)
-    :param advantages: Of GAE under the rollout's critic (N,)
-    :param returns: The critic's targets (N,)
-    :param done: 1 where the step ended the episode (T, E)
-    :param truncated: Flat indices of the truncated steps (n_truncated,)
-    :param gamma: Discount factor
-    :param gae_lambda: lambda of GAE
     """
 
+    #: s_t, then those after the last step, then the terminal ones of truncated episodes (N + E + n_truncated, ...)
     observations: PyTorchObs
-    actions: th.Tensor
-    old_log_prob: th.Tensor
-    advantages: th.Tensor
-    returns: th.Tensor
-    done: th.Tensor
-    truncated: th.Tensor
+    actions: th.Tensor  # (N, ...) or, if discrete, (N,)
+    old_log_prob: th.Tensor  # log pi_old(a_t|s_t) (N,)
+    advantages: th.Tensor  # of GAE under the rollout's critic (N,)
+    returns: th.Tensor  # the critic's targets (N,)
+    done: th.Tensor  # 1 where the step ended the episode (T, E)
+    truncated: th.Tensor  # flat indices of the truncated steps (n_truncated,)
     gamma: float
     gae_lambda: float
 
@@ -96,12 +86,7 @@ class Rollout:
     def of(
         cls, buffer: RolloutBuffer, last_observation: Any, last_done: np.ndarray, truncations: list[Truncation], device: Any
     ) -> "Rollout":
-        """
-        :param buffer: SB3's rollout buffer, full
-        :param last_observation: Observations after the last step (E, ...)
-        :param last_done: Whether the last step ended an episode (E,)
-        :raises ValueError: If anything is not finite
-        """
+        """A copy of a full buffer and of what came after its last step. Raises ValueError if anything is not finite."""
         n_steps, n_envs = buffer.buffer_size, buffer.n_envs
 
         def flat(array: np.ndarray) -> np.ndarray:

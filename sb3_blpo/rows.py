@@ -6,6 +6,7 @@ For a Linear layer they are never formed: all follows from the layer's inputs an
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch as th
@@ -41,11 +42,11 @@ class Rows(ABC):
         """Of each row (n_rows,)."""
 
 
+@dataclass(eq=False)
 class FormedRows(Rows):
     """Rows as a matrix (n_rows, n_params)."""
 
-    def __init__(self, matrix: th.Tensor) -> None:
-        self.matrix = matrix
+    matrix: th.Tensor
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -109,12 +110,12 @@ def conv_rows(layer: nn.Conv2d, h: th.Tensor, delta: th.Tensor) -> FormedRows:
     return FormedRows(by_weight if layer.bias is None else th.cat([by_weight, delta.sum(dim=2)], dim=1))
 
 
+@dataclass(eq=False)
 class AllLayers(Rows):
-    """Rows of a critic that is made of layers: the parts of each layer, and how many parameters each has."""
+    """Rows of a critic that is made of layers."""
 
-    def __init__(self, parts: Sequence[Rows], sizes: Sequence[int]) -> None:
-        self.parts = parts
-        self.sizes = list(sizes)
+    parts: Sequence[Rows]  # of each layer
+    sizes: list[int]  # how many parameters each layer has
 
     def __len__(self) -> int:
         return len(self.parts[0])

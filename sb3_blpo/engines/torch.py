@@ -118,9 +118,8 @@ class TorchEngine:
                     "loss": loss.detach(),
                 }
             rows.append(row)
-            approx_kl = float(row["approx_kl"])
             finite("actor's gradient", norm)
-            if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
+            if self.target_kl is not None and float(row["approx_kl"]) > 1.5 * self.target_kl:
                 stopped = True
                 break
             with _fused(self.policy.optimizer):
