@@ -1,5 +1,6 @@
 """BLPO: Bilevel Policy Optimization with Nyström Hypergradients."""
 
+import contextlib
 import copy
 import io
 import pathlib
@@ -37,8 +38,7 @@ class BLPO(Bilevel):
         extractor with parameters exists twice
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: The actor's learning rate, >= 0, it can be a function of the current progress remaining (from 1 to 0)
-    :param n_steps: The number of steps to run for each environment per update
-        (i.e. rollout buffer size is n_steps * n_envs where n_envs is number of environment copies running in parallel)
+    :param n_steps: The number of steps to run for each environment per update: a rollout has n_steps * n_envs transitions
     :param batch_size: Minibatch size in transitions, for both levels
     :param n_epochs: Number of passes of the actor over the rollout
     :param gamma: Discount factor, in [0, 1]
@@ -52,23 +52,18 @@ class BLPO(Bilevel):
         of its own. A warning if it is not PPO's default
     :param max_grad_norm: The maximum norm of the actor's gradient, > 0. The critic's is not clipped
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
-    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE.
-        Default: -1 (only sample at the beginning of the rollout)
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE; -1: only at the beginning of the rollout
     :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected. What its
         ``advantages`` and ``returns`` hold when the rollout ends counts; its ``get()`` is not called
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
-    :param target_kl: Limit the KL divergence between updates, > 0, because the clipping is not enough to prevent large update;
-        by default, there is no limit on the kl div
-    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
-        the reported success rate, mean episode length, and mean reward over
+    :param target_kl: Limit of the KL divergence between updates, > 0; ``None``: no limit
+    :param stats_window_size: Number of episodes that the logged success rate, episode length and reward are means over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation. ``optimizer_class`` and
         ``optimizer_kwargs`` serve both optimizers
-    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
-        debug messages
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug ones
     :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
-        Setting it to auto, the code will be run on the GPU if possible.
+    :param device: Device (cpu, cuda, ...) on which the code should be run; auto: the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param critic_learning_rate: The critic's learning rate, >= 0, it can be a function of the current progress remaining;
         ``None``: four times the actor's, as in the paper's settings, so that the critic follows
@@ -204,10 +199,7 @@ class BLPO(Bilevel):
         include: Iterable[str] | None = None,
     ) -> None:
         """As SB3's, but a file is replaced when the new one is complete, so that a crash leaves the one or the other."""
-        if not isinstance(path, str | pathlib.Path):
-            super().save(path, exclude, include)
-            return
-        with atomic_file(path) as file:
+        with atomic_file(path) if isinstance(path, str | pathlib.Path) else contextlib.nullcontext(path) as file:
             super().save(file, exclude, include)
 
     def set_parameters(

@@ -221,11 +221,11 @@ def layers_of(critic: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.
     """The critic's layers in the order of its parameters, if these are all those of plain Linear and Conv2d layers."""
     own = [id(parameter) for parameter in parameters]
     layers = [module for module in critic.modules() if any(id(p) in own for p in module.parameters(recurse=False))]
-    if [id(parameter) for layer in layers for parameter in layer._parameters.values() if parameter is not None] != own:
-        return None
     plain = [layer for layer in layers if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and _is_plain(layer))]
-    unknown = len(plain) < len(layers) or any(layer._parameters.keys() != {"weight", "bias"} for layer in plain)  # weight_norm
-    return None if unknown or not plain else plain
+    if len(plain) < len(layers) or any(layer._parameters.keys() != {"weight", "bias"} for layer in plain):  # weight_norm
+        return None
+    found = [id(parameter) for layer in plain for parameter in layer._parameters.values() if parameter is not None]
+    return plain if plain and found == own else None
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:

@@ -145,7 +145,6 @@ def _outputs(policy: ActorCriticPolicy, observations: Any) -> tuple[th.Tensor, t
                 "by the latter: where you override `extract_features` or `forward`, override `predict_values` and "
                 "`get_distribution` as well."
             )
-    with th.no_grad():
         policy.get_distribution(observations)  # the policy keeps it, and could not be copied with the graph in it
     return log_prob.sum() + (0 if entropy is None else entropy.sum()), values.sum()
 

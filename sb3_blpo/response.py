@@ -40,15 +40,9 @@ def surrogate_derivative(ratio: th.Tensor, advantages: th.Tensor, clip_range: fl
 
 
 def best_response(
-    rollout: Rollout,
-    jacobian: Jacobian,
-    by_returns: th.Tensor,
-    values: th.Tensor,
-    solver: Solver,
-    damping: float,
-    curvature: str,
-    generator: th.Generator,
-) -> Response | None:
+    rollout: Rollout, jacobian: Jacobian, by_returns: th.Tensor, values: th.Tensor,
+    solver: Solver, damping: float, curvature: str, generator: th.Generator,
+) -> Response | None:  # fmt: skip
     """
     Solve (H + alpha I) v = g for the follower, and trace what v does to the values.
 

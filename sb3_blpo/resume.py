@@ -198,8 +198,6 @@ class _Pickler(cloudpickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads what :class:`_Pickler` wrote."""
-
     def __init__(self, pickled: bytes, model: BLPO) -> None:
         super().__init__(io.BytesIO(pickled))
         self.model = model

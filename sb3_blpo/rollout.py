@@ -109,15 +109,12 @@ class Rollout:
         check_finite("observations", last_observation)
         # As SB3's buffer hands them out: float32, int64 if discrete
         actions = tensor(flat(buffer.actions).astype(np.float32))
-        log_probs, advantages, returns = (
-            tensor(flat(array).flatten()) for array in (buffer.log_probs, buffer.advantages, buffer.returns)
-        )
         return cls(
             observations=map_parts(join, buffer.observations, last_observation, *(t.observation for t in truncations)),
             actions=actions.long().flatten() if isinstance(buffer.action_space, spaces.Discrete) else actions,
-            old_log_prob=log_probs,
-            advantages=advantages,
-            returns=returns,
+            old_log_prob=tensor(flat(buffer.log_probs).flatten()),
+            advantages=tensor(flat(buffer.advantages).flatten()),
+            returns=tensor(flat(buffer.returns).flatten()),
             done=tensor(np.concatenate([buffer.episode_starts[1:], last_done[None]]).astype(np.float32)),
             truncated=th.tensor([t.step * n_envs + t.env for t in truncations], dtype=th.long, device=device),
             gamma=buffer.gamma,

@@ -100,10 +100,7 @@ class LinearRows(Rows):
 
 
 def conv_rows(layer: nn.Conv2d, h: th.Tensor, delta: th.Tensor) -> FormedRows:
-    """
-    Rows of a Conv2d layer, from its inputs h and the derivatives delta of the values by its outputs, images both: weights that
-    are shared over the image leave no outer product, but are few.
-    """
+    """Rows of a Conv2d layer: weights that are shared over the image leave no outer product, but are few."""
     patches = F.unfold(h, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
     delta = delta.flatten(2)
     by_weight = (delta @ patches.transpose(1, 2)).flatten(1)

@@ -29,16 +29,9 @@ class TorchEngine:
     """Both levels of a policy, whose own optimizer is the actor's. The settings are BLPO's of the same names."""
 
     def __init__(
-        self,
-        policy: ActorCriticPolicy,
-        critic_optimizer: th.optim.Optimizer,
-        *,
-        batch_size: int,
-        clip_range: float,
-        ent_coef: float,
-        max_grad_norm: float,
-        target_kl: float | None,
-    ) -> None:
+        self, policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer, *,
+        batch_size: int, clip_range: float, ent_coef: float, max_grad_norm: float, target_kl: float | None,
+    ) -> None:  # fmt: skip
         self.policy, self.critic_optimizer = policy, critic_optimizer
         self.batch_size = batch_size
         self.clip_range, self.ent_coef = clip_range, ent_coef

@@ -4,9 +4,8 @@ Inverse-Hessian-vector products: solvers of (H + alpha I) v = g for the curvatur
 A solver never raises: a solve that failed says so in its :class:`Solution`.
 """
 
-from sb3_blpo.ihvp.base import Solution, Solver
 from sb3_blpo.ihvp.cg import ConjugateGradient
-from sb3_blpo.ihvp.exact import MAX_DENSE, Exact
+from sb3_blpo.ihvp.dense import MAX_DENSE, Exact, Solution, Solver
 from sb3_blpo.ihvp.nystrom import Nystrom
 
 __all__ = ["MAX_DENSE", "ConjugateGradient", "Exact", "Nystrom", "Solution", "Solver", "make_solver"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch as th
 
 from sb3_blpo.curvature import GaussNewton
-from sb3_blpo.ihvp.base import Solution, Solver
+from sb3_blpo.ihvp.dense import Solution, Solver
 from sb3_blpo.ihvp.nystrom import Nystrom
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch as th
 
 from sb3_blpo.curvature import GaussNewton
-from sb3_blpo.ihvp.base import Solution, Solver, solve_dense
+from sb3_blpo.ihvp.dense import Solution, Solver, solve_dense
 from sb3_blpo.jacobian import Jacobian
 from sb3_blpo.rows import Rows
 
