@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from sb3_blpo.gae import DiscountedSum
 from sb3_blpo.ihvp import ConjugateGradient, Exact, Nystrom, Solver
 from sb3_blpo.jacobian import LayerJacobian
-from sb3_blpo.response import best_response, correct, surrogate_weights
+from sb3_blpo.response import best_response, correct, surrogate_derivative
 from sb3_blpo.rollout import Rollout, take
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +85,7 @@ def leader(
         assert isinstance(layer, nn.Linear)
         at = functools.partial(take, rollout.observations)
         jacobian = LayerJacobian([layer], critic, at, n, len(rollout), [layer.weight], n)
-        of_returns = surrogate_weights(th.ones_like(advantages), advantages, 0.2)
+        of_returns = surrogate_derivative(th.ones_like(advantages), advantages, 0.2)
         response = best_response(rollout, jacobian, of_returns, values, solver, damping, "gauss_newton", generator)
     W = correct(advantages, response, None).weights
     objective = (policy.log_prob(rollout.actions) * W).mean() + ent_coef * policy.entropy().mean()

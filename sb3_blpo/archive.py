@@ -20,9 +20,6 @@ def atomic_file(path: str | Path) -> Iterator[io.BufferedIOBase]:
     """
     Write a file beside its final place and move it there when it is complete, so that whoever looks, after a crash too, finds
     either the old file or the new one. Suffix, missing folders and folders in the way are treated as SB3 does.
-
-    :param path: Where to write; ".zip" is appended if it has no suffix
-    :return: A context manager that gives the open file
     """
     path = Path(path)
     if path.suffix == "":
@@ -52,10 +49,6 @@ def atomic_file(path: str | Path) -> Iterator[io.BufferedIOBase]:
 
 
 def foreign(name: str) -> ValueError:
-    """
-    :param name: What was not saved by BLPO, and the verb
-    :return: The error that says so
-    """
     return ValueError(
         f"{name} not saved by BLPO, for `critic_optimizer` is not there: load a PPO or A2C model with its own class, or start "
         "BLPO from its policy with `set_parameters({'policy': ...}, exact_match=False)`."
@@ -63,12 +56,7 @@ def foreign(name: str) -> ValueError:
 
 
 def check_saved_by_blpo(path: str | Path | io.BufferedIOBase) -> None:
-    """
-    Refuse what :meth:`BLPO.save` has not written, or what did not arrive as a whole. Nothing is unpickled.
-
-    :param path: The file, as for :meth:`BLPO.load`
-    :raises ValueError: If it is no zip, damaged, or not from BLPO
-    """
+    """Refuse what :meth:`BLPO.save` has not written, or what did not arrive as a whole. Nothing is unpickled."""
     file: Any = open_path(path, "r", suffix="zip")
     # The caller goes on to read a file object from where it stands
     with contextlib.nullcontext(file) if file is path else file:

@@ -20,7 +20,7 @@ from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_f
 from sb3_blpo.engines import ActorPass, TorchEngine, compiled_acting, make_engine
 from sb3_blpo.ihvp import MAX_DENSE, make_solver
 from sb3_blpo.policies import MlpPolicy, check_optimizers, separate, set_learning_rate
-from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_weights
+from sb3_blpo.response import Correction, Response, best_response, correct, surrogate_derivative
 from sb3_blpo.rollout import Rollout, Truncation, joined
 
 IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "values", "max_iter": 50, "tol": 1e-5}
@@ -31,22 +31,14 @@ CRITIC_ROLLOUTS = 8
 
 
 def torch_generator_states() -> dict[str, Any]:
-    """
-    :return: The states of torch's global generators, by device type
-    """
+    """The states of torch's global generators, by device type."""
     return {"torch": th.get_rng_state()} | ({"cuda": th.cuda.get_rng_state_all()} if th.cuda.is_initialized() else {})
 
 
 class Epoch(NamedTuple):
-    """
-    What happened in an epoch.
+    """What happened in an epoch."""
 
-    :param critic_losses: Before each of the critic's steps (n_steps,)
-    :param correction: The actor's advantages
-    :param actor_pass: The actor's pass
-    """
-
-    critic_losses: th.Tensor
+    critic_losses: th.Tensor  # before each of the critic's steps
     correction: Correction
     actor_pass: ActorPass
 
@@ -87,13 +79,9 @@ class Bilevel(OnPolicyAlgorithm):
         self.clip_range = as_schedule("clip_range", self.clip_range)
         self.critic_optimizer = separate(self.policy)
         self._former_rollouts, self._truncations, self._before_noise = [], [], {}
-        self._check_size_of_dense_solve()
-        if self.env is None:
-            return
+        self._check_sizes()
         n = self.n_steps * self.n_envs
-        if n == 1 and self.normalize_advantage:
-            raise WrongArgument("`normalize_advantage`=True takes more than one transition, got `n_steps` * `n_envs` = 1.")
-        if n % self.batch_size:
+        if self.env is not None and n % self.batch_size:
             warnings.warn(
                 f"You have specified a mini-batch size of {self.batch_size}, but because the `RolloutBuffer` is of size "
                 f"`n_steps * n_envs = {n}`, after every {n // self.batch_size} untruncated mini-batches, there will be a "
@@ -114,16 +102,7 @@ class Bilevel(OnPolicyAlgorithm):
         self._scheduled_rates = (self.learning_rate, self.critic_learning_rate)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> bool:
-        """
-        Collect experiences as SB3 does.
-
-        :param env: The training environment
-        :param callback: Callback that will be called at each step (and at the beginning and end of the rollout)
-        :param args: The rollout buffer, the number of steps and what else the collecting takes
-        :param kwargs: Likewise
-        :return: True if a whole rollout was collected, False if the callback terminated it
-        :raises ValueError: If the rollout buffer is for other settings, or an observation is not finite
-        """
+        """As SB3's. Raises ValueError if the rollout buffer is for other settings, or an observation is not finite."""
         check_arguments(self)
         for name, of_buffer in (("n_steps", "buffer_size"), ("gamma", "gamma"), ("gae_lambda", "gae_lambda")):
             if getattr(self, name) != getattr(self.rollout_buffer, of_buffer):
@@ -155,12 +134,7 @@ class Bilevel(OnPolicyAlgorithm):
                 self._truncations.append(Truncation(self.rollout_buffer.pos, env, copy.deepcopy(terminal)))
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """
-        Set another environment, as SB3 does; the critic's former rollouts were of the old one.
-
-        :param env: The environment
-        :param force_reset: Force call to ``reset()`` before training
-        """
+        """As SB3's; the critic's former rollouts, which were of the old environment, are forgotten."""
         super().set_env(env, force_reset)
         self._former_rollouts = []
 
@@ -173,7 +147,7 @@ class Bilevel(OnPolicyAlgorithm):
         """
         check_arguments(self)
         check_optimizers(self.policy, self.critic_optimizer)
-        self._check_size_of_dense_solve()
+        self._check_sizes()
         rollout = self._finished_rollout()
         latest = [*self._former_rollouts, (rollout.states, rollout.returns)][-self._n_critic_rollouts :]
         states, returns = joined(latest)
@@ -190,7 +164,7 @@ class Bilevel(OnPolicyAlgorithm):
                 # Advantages under the new critic
                 values = engine.values(rollout.observations)
                 advantages = rollout.advantages_after(values - values_of_rollout)
-                if self.normalize_advantage and len(rollout) > 1:
+                if self.normalize_advantage:
                     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
                 # How the critic's best response to the actor would move its values, and with them the advantages
                 if epoch % (self.ihvp_interval or self.n_epochs) == 0:
@@ -224,7 +198,9 @@ class Bilevel(OnPolicyAlgorithm):
         own = {id(parameter) for group in self.critic_optimizer.param_groups for parameter in group["params"]}
         return [parameter for parameter in self.policy.parameters() if id(parameter) in own and parameter.requires_grad]
 
-    def _check_size_of_dense_solve(self) -> None:
+    def _check_sizes(self) -> None:
+        if self.normalize_advantage and self.n_steps * self.n_envs == 1:
+            raise WrongArgument("`normalize_advantage`=True takes more than one transition, got `n_steps` * `n_envs` = 1.")
         of_parameters = self.curvature == "hessian"
         n = sum(p.numel() for p in self._critic_parameters) if of_parameters else self.n_steps * self.n_envs
         if self.ihvp_solver == "exact" and n > MAX_DENSE:
@@ -255,15 +231,10 @@ class Bilevel(OnPolicyAlgorithm):
         self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/critic_learning_rate", critic_learning_rate)
         engine, in_use = make_engine(
-            self.engine,
-            self.policy,
-            self.critic_optimizer,
-            batch_size=int(self.batch_size),
-            clip_range=scheduled("clip_range", self.clip_range, progress),
-            ent_coef=self.ent_coef,
-            max_grad_norm=self.max_grad_norm,
+            self.engine, self.policy, self.critic_optimizer, batch_size=int(self.batch_size), ent_coef=self.ent_coef,
+            clip_range=scheduled("clip_range", self.clip_range, progress), max_grad_norm=self.max_grad_norm,
             target_kl=self.target_kl,
-        )
+        )  # fmt: skip
         if self.verbose >= 1 and in_use != self.engine_in_use:
             compiles = "; where its compilation is not in numba's cache yet, that takes about 20 seconds"
             print(f"Using engine {in_use}{compiles * (in_use == 'numba')}")
@@ -282,7 +253,7 @@ class Bilevel(OnPolicyAlgorithm):
         # A function of the training's progress, so that solvers with and without a draw see the same global generators
         generator = th.Generator().manual_seed(self.num_timesteps)
         ratio = (engine.log_prob(rollout) - rollout.old_log_prob).exp()
-        weights = surrogate_weights(ratio, advantages, engine.clip_range)
+        weights = surrogate_derivative(ratio, advantages, engine.clip_range)
         jacobian = engine.jacobian(rollout, parameters, generator)
         return best_response(rollout, jacobian, weights, values, solver, damping, self.curvature, generator)
 

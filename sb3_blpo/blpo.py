@@ -1,5 +1,6 @@
 """BLPO: Bilevel Policy Optimization with Nyström Hypergradients."""
 
+import contextlib
 import copy
 import io
 import pathlib
@@ -37,8 +38,7 @@ class BLPO(Bilevel):
         extractor with parameters exists twice
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: The actor's learning rate, >= 0, it can be a function of the current progress remaining (from 1 to 0)
-    :param n_steps: The number of steps to run for each environment per update
-        (i.e. rollout buffer size is n_steps * n_envs where n_envs is number of environment copies running in parallel)
+    :param n_steps: The number of steps to run for each environment per update: a rollout has n_steps * n_envs transitions
     :param batch_size: Minibatch size in transitions, for both levels
     :param n_epochs: Number of passes of the actor over the rollout
     :param gamma: Discount factor, in [0, 1]
@@ -52,23 +52,18 @@ class BLPO(Bilevel):
         of its own. A warning if it is not PPO's default
     :param max_grad_norm: The maximum norm of the actor's gradient, > 0. The critic's is not clipped
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
-    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE.
-        Default: -1 (only sample at the beginning of the rollout)
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE; -1: only at the beginning of the rollout
     :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected. What its
         ``advantages`` and ``returns`` hold when the rollout ends counts; its ``get()`` is not called
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
-    :param target_kl: Limit the KL divergence between updates, > 0, because the clipping is not enough to prevent large update;
-        by default, there is no limit on the kl div
-    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
-        the reported success rate, mean episode length, and mean reward over
+    :param target_kl: Limit of the KL divergence between updates, > 0; ``None``: no limit
+    :param stats_window_size: Number of episodes that the logged success rate, episode length and reward are means over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation. ``optimizer_class`` and
         ``optimizer_kwargs`` serve both optimizers
-    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
-        debug messages
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug ones
     :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
-        Setting it to auto, the code will be run on the GPU if possible.
+    :param device: Device (cpu, cuda, ...) on which the code should be run; auto: the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param critic_learning_rate: The critic's learning rate, >= 0, it can be a function of the current progress remaining;
         ``None``: four times the actor's, as in the paper's settings, so that the critic follows
@@ -136,28 +131,13 @@ class BLPO(Bilevel):
         engine: str = "auto",
     ):
         super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            use_sde=use_sde,
-            sde_sample_freq=sde_sample_freq,
-            rollout_buffer_class=rollout_buffer_class,
-            rollout_buffer_kwargs=rollout_buffer_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            device=device,
-            seed=seed,
-            _init_setup_model=False,
+            policy, env, learning_rate=learning_rate, n_steps=n_steps, gamma=gamma, gae_lambda=gae_lambda, ent_coef=ent_coef,
+            vf_coef=vf_coef, max_grad_norm=max_grad_norm, use_sde=use_sde, sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class, rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size, tensorboard_log=tensorboard_log, policy_kwargs=policy_kwargs,
+            verbose=verbose, device=device, seed=seed, _init_setup_model=False,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
-        )
+        )  # fmt: skip
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -192,14 +172,7 @@ class BLPO(Bilevel):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfBLPO:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     @classmethod
     def load(
@@ -213,18 +186,8 @@ class BLPO(Bilevel):
         **kwargs: Any,
     ) -> SelfBLPO:
         """
-        Load the model from a zip-file, as SB3 does; see :func:`sb3_blpo.resume.resume` for exact continuation.
-
-        :param path: path to the file (or a file-like) where to load the agent from
-        :param env: the new environment to run the loaded model on (can be None if you only need prediction from a trained
-            model) has priority over any saved environment
-        :param device: Device on which the code should run.
-        :param custom_objects: Dictionary of objects to replace upon loading: what it names is not unpickled
-        :param print_system_info: Whether to print system info from the saved model and the current system info
-        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
-        :param kwargs: extra arguments to change the model when loading
-        :return: new model instance with loaded parameters
-        :raises ValueError: If the file is no zip, damaged, or not from BLPO
+        As SB3's, but a file that is no zip, damaged, or not from BLPO is refused before anything in it is unpickled. For exact
+        continuation see :func:`sb3_blpo.resume.resume`.
         """
         check_saved_by_blpo(path)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
@@ -235,33 +198,14 @@ class BLPO(Bilevel):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """
-        Save all the attributes of the object and the model parameters in a zip-file. A file that is there already is replaced
-        when the new one is complete, so that a crash leaves the one or the other.
-
-        :param path: path to the file (or a file-like) where the rl agent should be saved
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
-        """
-        if not isinstance(path, str | pathlib.Path):
-            super().save(path, exclude, include)
-            return
-        with atomic_file(path) as file:
+        """As SB3's, but a file is replaced when the new one is complete, so that a crash leaves the one or the other."""
+        with atomic_file(path) if isinstance(path, str | pathlib.Path) else contextlib.nullcontext(path) as file:
             super().save(file, exclude, include)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
-        """
-        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules
-        (see ``get_parameters``). Where that fails, the model is as it was before.
-
-        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
-        :param exact_match: If True, the given parameters should include parameters for each module and each of their
-            parameters, otherwise raises an Exception. If set to False, this can be used to update only specific parameters.
-        :param device: Device on which the code should run.
-        :raises ValueError: If the file is no zip, damaged, or not from BLPO, or if the parameters are not
-        """
+        """As SB3's, but what is damaged or not BLPO's is refused, and where loading fails, the model is as it was before."""
         params: Any = load_path_or_dict
         if not isinstance(params, dict):
             check_saved_by_blpo(params)

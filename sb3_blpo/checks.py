@@ -13,16 +13,10 @@ from stable_baselines3.common.utils import FloatSchedule
 IHVP_SOLVERS = ("nystrom", "cg", "nystrom_cg", "exact", "none")
 CURVATURES = ("gauss_newton", "hessian")
 SKETCHES = ("values", "gaussian", "columns")
-ENGINES = ("auto", "torch", "numba")
 
 
 def as_schedule(name: str, value: float | Schedule) -> FloatSchedule:
-    """
-    :param name: Of an argument, for the message
-    :param value: A number or a schedule
-    :return: SB3's schedule of it
-    :raises ValueError: If it starts at a value that is not allowed
-    """
+    """SB3's schedule of an argument; a ValueError if it starts at a value that is not allowed."""
     # SB3's refuses numpy's numbers
     schedule = FloatSchedule(value if callable(value) else float(value))
     scheduled(name, schedule, 1.0)
@@ -30,13 +24,7 @@ def as_schedule(name: str, value: float | Schedule) -> FloatSchedule:
 
 
 def scheduled(name: str, value: float | Schedule, progress_remaining: float) -> float:
-    """
-    :param name: Of an argument, for the message
-    :param value: A number or a schedule
-    :param progress_remaining: From 1 to 0
-    :return: Its value there
-    :raises ValueError: If that is negative, NaN or infinite, or no number
-    """
+    """An argument's value at this progress, from 1 to 0; a ValueError if it is negative, NaN or infinite, or no number."""
     now: Any = value(progress_remaining) if callable(value) else value
     if not NON_NEGATIVE.check(now):
         raise ValueError(f"`{name}` must be finite and >= 0, but is {now!r} at progress_remaining={progress_remaining}.")
@@ -44,38 +32,24 @@ def scheduled(name: str, value: float | Schedule, progress_remaining: float) -> 
 
 
 def check_finite(name: str, array: Any) -> None:
-    """
-    :param name: What the rollout buffer calls the array
-    :param array: An array, or a dictionary of arrays
-    :raises ValueError: If it holds NaN or infinity
-    """
-    arrays = array if isinstance(array, dict) else {"": array}
-    for key, values in arrays.items():
+    """A ValueError if an array of a rollout, or a dictionary of arrays, holds NaN or infinity."""
+    arrays = {f"{name}[{key!r}]": part for key, part in array.items()} if isinstance(array, dict) else {name: array}
+    for quantity, values in arrays.items():
         if not np.isfinite(values).all():
-            quantity = f"{name}[{key!r}]" if key else name
             raise ValueError(
                 f"The rollout's `{quantity}` hold NaN or infinity, so BLPO stopped before any weight was changed."
             )
 
 
 def finite(name: str, x: th.Tensor) -> th.Tensor:
-    """
-    :param name: Of a quantity, in the singular
-    :param x: The quantity
-    :return: The same
-    :raises FloatingPointError: If it holds NaN or infinity; ``train()`` makes a sentence of it
-    """
+    """The quantity itself; a FloatingPointError with its name, of which ``train()`` makes a sentence, if it is not finite."""
     if not x.isfinite().all():
         raise FloatingPointError(name)
     return x
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
+def _is(kind: type[Real] | type[Integral], value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool | np.bool_)
 
 
 class WrongArgument(ValueError, AssertionError):
@@ -83,22 +57,17 @@ class WrongArgument(ValueError, AssertionError):
 
 
 class Rule(NamedTuple):
-    """
-    What is allowed of an argument.
-
-    :param allowed: In words
-    :param check: Whether a value is allowed
-    """
+    """What is allowed of an argument, in words and as a function."""
 
     allowed: str
     check: Callable[[Any], bool]
 
 
-POSITIVE_INTEGER = Rule("an integer of at least 1", lambda x: _is_integer(x) and x >= 1)
-FRACTION = Rule("a number in [0, 1]", lambda x: _is_real(x) and 0 <= x <= 1)
-POSITIVE = Rule("a number > 0", lambda x: _is_real(x) and 0 < x)
-POSITIVE_FINITE = Rule("a finite number > 0", lambda x: _is_real(x) and 0 < x < math.inf)
-NON_NEGATIVE = Rule("a finite number >= 0", lambda x: _is_real(x) and 0 <= x < math.inf)
+POSITIVE_INTEGER = Rule("an integer of at least 1", lambda x: _is(Integral, x) and x >= 1)
+FRACTION = Rule("a number in [0, 1]", lambda x: _is(Real, x) and 0 <= x <= 1)
+POSITIVE = Rule("a number > 0", lambda x: _is(Real, x) and 0 < x)
+POSITIVE_FINITE = Rule("a finite number > 0", lambda x: _is(Real, x) and 0 < x < math.inf)
+NON_NEGATIVE = Rule("a finite number >= 0", lambda x: _is(Real, x) and 0 <= x < math.inf)
 RATE = Rule(
     "a finite number >= 0 or a schedule (a function of the progress remaining)",
     lambda x: callable(x) or NON_NEGATIVE.check(x),
@@ -106,18 +75,10 @@ RATE = Rule(
 
 
 def one_of(*names: str) -> Rule:
-    """
-    :param names: The allowed values
-    :return: Their rule
-    """
     return Rule("one of " + ", ".join(map(repr, names)), lambda x: isinstance(x, str) and x in names)
 
 
 def or_none(rule: Rule) -> Rule:
-    """
-    :param rule: A rule
-    :return: The rule that allows ``None`` as well
-    """
     return Rule(f"{rule.allowed} or None", lambda x: x is None or rule.check(x))
 
 
@@ -143,7 +104,7 @@ ARGUMENT_RULES: dict[str, Rule] = {
     "ihvp_interval": or_none(POSITIVE_INTEGER),
     "curvature": one_of(*CURVATURES),
     "max_correction_ratio": or_none(NON_NEGATIVE),
-    "engine": one_of(*ENGINES),
+    "engine": one_of("auto", "torch", "numba"),
 }
 IHVP_RULES: dict[str, Rule] = {
     "damping": POSITIVE_FINITE,
@@ -155,23 +116,12 @@ IHVP_RULES: dict[str, Rule] = {
 
 
 def check(name: str, rule: Rule, value: Any) -> None:
-    """
-    :param name: Of an argument, for the message
-    :param rule: What is allowed
-    :param value: The argument
-    :raises ValueError: If it is not allowed
-    """
     if not rule.check(value):
         raise WrongArgument(f"`{name}` must be {rule.allowed}, got {value!r}.")
 
 
 def check_arguments(model: Any) -> None:
-    """
-    Check all of BLPO's arguments; here, and not in the constructor, because ``load`` sets them after it.
-
-    :param model: The BLPO model that holds them
-    :raises ValueError: If one is of the wrong type or out of range
-    """
+    """Check all of BLPO's arguments; here, and not in the constructor, because ``load`` sets them after it."""
     for name, rule in ARGUMENT_RULES.items():
         check(name, rule, getattr(model, name))
     for key, value in (model.ihvp_kwargs or {}).items():

@@ -21,26 +21,20 @@ class GaussNewton:
     def __init__(self, jacobian: Jacobian, g: th.Tensor, damping: float) -> None:
         self.jacobian = jacobian
         self.g = g
-        self.scale = 2 / len(jacobian.loss_states)
+        self.scale = 2 / len(jacobian.curvature_states)
         #: tr(H) ()
         self.trace = self.scale * th.stack([rows.squared_norms().sum() for rows in jacobian.chunks()]).sum()
         self.alpha = damping * self.trace
 
     def H_v(self, v: th.Tensor) -> th.Tensor:
-        """
-        :param v: Vector (n_params,)
-        :return: H v (n_params,)
-        """
+        """H v (n_params,)."""
         total = th.zeros_like(v)
         for rows in self.jacobian.chunks():
             total += rows.Jt_w(rows.J_v(v))
         return self.scale * total
 
     def residual(self, v: th.Tensor) -> th.Tensor:
-        """
-        :param v: Approximate solution (n_params,)
-        :return: Norm of g - (H + alpha I) v relative to that of g, 0 where g is 0 ()
-        """
+        """Norm of g - (H + alpha I) v relative to that of g, 0 where both are 0 ()."""
         g_norm = th.linalg.vector_norm(self.g)
         norm = th.linalg.vector_norm(self.g - self.H_v(v) - self.alpha * v)
         return th.where(g_norm > 0, norm / g_norm, norm)
@@ -49,10 +43,8 @@ class GaussNewton:
 class Hessian(GaussNewton):
     """
     The exact Hessian of the critic's loss, the Gauss-Newton matrix plus (2/n) sum_t (V_t - R_t) Hessian of V_t. Indefinite.
+    ``damping`` stays in units of the trace of the Gauss-Newton matrix.
 
-    :param jacobian: As in :class:`GaussNewton`
-    :param g: Likewise
-    :param damping: Likewise, in units of the trace of the Gauss-Newton matrix
     :param residuals: V_t - R_t of all states in the loss (N,)
     """
 
@@ -60,7 +52,7 @@ class Hessian(GaussNewton):
 
     def __init__(self, jacobian: Jacobian, g: th.Tensor, damping: float, residuals: th.Tensor) -> None:
         super().__init__(jacobian, g, damping)
-        self.weights = self.scale * residuals[jacobian.loss_states]
+        self.weights = self.scale * residuals[jacobian.curvature_states]
 
     def H_v(self, v: th.Tensor) -> th.Tensor:
         return super().H_v(v) + self.jacobian.hessian_v(self.weights, v)

@@ -10,13 +10,7 @@ import torch as th
 
 
 def _scan(x: th.Tensor, decay: th.Tensor) -> th.Tensor:
-    """
-    Solve y_t = x_t + decay_t y_{t-1} along the first dimension by recursive doubling: O(log n_steps) tensor operations.
-
-    :param x: Inputs (n_steps, n_envs)
-    :param decay: Factors (n_steps, n_envs), the first row has no effect
-    :return: y (n_steps, n_envs)
-    """
+    """Solve y_t = x_t + decay_t y_{t-1} along the first dimension by recursive doubling: O(log n_steps) tensor operations."""
     shift = 1
     while shift < len(x):
         # Invariant: x_t holds the sum over the `shift` latest inputs, decay_t the factor that reaches before them
@@ -38,17 +32,9 @@ class DiscountedSum:
         self.keep = discount * (1 - done)
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
-        """
-        :param x: (n_steps, n_envs)
-        :return: U x (n_steps, n_envs)
-        """
+        """U x (n_steps, n_envs)."""
         return _scan(x.flip(0), self.keep.flip(0)).flip(0)
 
     def adjoint(self, w: th.Tensor) -> th.Tensor:
-        """
-        Apply the transpose of U: z_t = w_t + gamma lambda (1 - d_{t-1}) z_{t-1}.
-
-        :param w: (n_steps, n_envs)
-        :return: U^T w (n_steps, n_envs)
-        """
+        """U^T w (n_steps, n_envs): z_t = w_t + gamma lambda (1 - d_{t-1}) z_{t-1}."""
         return _scan(w, self.keep.roll(1, 0))

@@ -9,6 +9,7 @@ signals: :class:`LayerJacobian`. For any other critic the rows of some random st
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch as th
@@ -24,103 +25,56 @@ MAX_SAMPLED_ROWS = 256
 MAX_SAMPLED_BYTES = 2**28
 
 
-def unflatten(v: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
-    """
-    :param v: A vector of as many elements as the parameters have (n_params,)
-    :param parameters: Parameters
-    :return: The vector's parts in their shapes
-    """
-    parts = v.split([parameter.numel() for parameter in parameters])
-    return [part.view_as(parameter).to(parameter.dtype) for part, parameter in zip(parts, parameters, strict=True)]
-
-
 class Values(nn.Module):
-    """
-    A policy's critic as a module of its own.
-
-    :param policy: The policy
-    """
+    """A policy's critic as a module of its own: it maps observations to their values (n,)."""
 
     def __init__(self, policy: Any) -> None:
         super().__init__()
         self.policy = policy
 
     def forward(self, observations: Any) -> th.Tensor:
-        """
-        :param observations: (n, ...)
-        :return: Their values (n,)
-        """
         return self.policy.predict_values(observations).flatten()
 
 
+@dataclass(eq=False)
 class Jacobian(ABC):
-    """
-    J of the values of observations, the N states in the critic's loss first.
+    """J of the values of observations, the N states in the critic's loss first."""
 
-    :param critic: Maps observations to values (n,), in eval mode
-    :param take: Maps indices of observations to a copy of these
-    :param n_observations: How many there are
-    :param n_states: N, how many of them are in the critic's loss, from the first on
-    :param parameters: The critic's trainable parameters
-    :param batch_size: At most so many observations go through the critic at a time
-    """
+    critic: nn.Module  # maps observations to values (n,), in eval mode
+    take: Callable[[th.Tensor], Any]  # maps indices of observations to a copy of these
+    n_observations: int
+    n_states: int  # N
+    parameters: Sequence[nn.Parameter]  # those of the critic that are trained
+    batch_size: int  # at most so many observations go through the critic at a time
 
-    def __init__(
-        self,
-        critic: nn.Module,
-        take: Callable[[th.Tensor], Any],
-        n_observations: int,
-        n_states: int,
-        parameters: Sequence[nn.Parameter],
-        batch_size: int,
-    ) -> None:
-        self.critic, self.take = critic, take
-        self.n_observations, self.n_states = n_observations, n_states
-        self.parameters = list(parameters)
-        self.n_params = sum(parameter.numel() for parameter in parameters)
-        self.batch_size = batch_size
+    def __post_init__(self) -> None:
+        self.n_params = sum(parameter.numel() for parameter in self.parameters)
         #: The states that the curvature is made from: all, or a sample of them
-        self.loss_states = th.arange(n_states, device="cpu")
+        self.curvature_states = th.arange(self.n_states, device="cpu")
 
     @abstractmethod
     def at(self, index: th.Tensor) -> Rows:
-        """
-        :param index: Indices of observations (k,)
-        :return: Their rows
-        """
+        """Rows of the observations with these indices (k,)."""
 
     @abstractmethod
     def chunks(self) -> Iterable[Rows]:
-        """
-        :return: The rows of :attr:`loss_states`, in order, some at a time
-        """
+        """The rows of :attr:`curvature_states`, in order, some at a time."""
 
     @abstractmethod
     def to_values(self, v: th.Tensor) -> th.Tensor:
-        """
-        :param v: Change of the parameters (n_params,)
-        :return: What it does to the values of the N states, to first order (N,)
-        """
+        """What a change of the parameters does to the values of the N states, to first order (N,)."""
 
     def gradient(self, c: th.Tensor) -> th.Tensor:
-        """
-        :param c: A coefficient for each observation (n_observations,)
-        :return: J^T c, the gradient of sum_j c_j V(s_j) (n_params,)
-        """
+        """J^T c, the gradient of sum_j c_j V(s_j) over all observations (n_params,)."""
         total = c.new_zeros(self.n_params)
         for index in th.arange(self.n_observations, device="cpu").split(self.batch_size):
             total += self._differentiate(self._values(index), c[index])
         return total
 
     def hessian_v(self, w: th.Tensor, v: th.Tensor) -> th.Tensor:
-        """
-        :param w: Weights of :attr:`loss_states` (n,)
-        :param v: Parameter vector (n_params,)
-        :return: (sum_j w_j Hessian of V(s_j)) v (n_params,)
-        :raises ValueError: If torch cannot differentiate the critic's gradient
-        """
+        """(sum_j w_j Hessian of V(s_j)) v over :attr:`curvature_states` (n_params,)."""
         total = th.zeros_like(v)
-        for index, weights in zip(self.loss_states.split(self.batch_size), w.split(self.batch_size), strict=True):
+        for index, weights in zip(self.curvature_states.split(self.batch_size), w.split(self.batch_size), strict=True):
             gradient = self._differentiate(self._values(index), weights, create_graph=True)
             try:
                 total += self._differentiate(gradient, v)
@@ -143,29 +97,28 @@ class Jacobian(ABC):
 
 class LayerJacobian(Jacobian):
     """
-    Of a critic whose parameters all belong to Linear and Conv2d layers, each used once. Inputs and signals of Linear layers
-    are kept, memory linear in the number of states; the rows of Conv2d layers are made anew whenever they are needed.
+    The Jacobian of a critic whose parameters all belong to Linear and Conv2d layers, each used once. Inputs and signals of
+    Linear layers are kept, memory linear in the number of states; rows of Conv2d layers are made anew whenever needed.
 
     :param layers: The layers, in the order of the parameters
-    :param arguments: As for :class:`Jacobian`
     """
 
     def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], *arguments: Any) -> None:
         super().__init__(*arguments)
         self.layers = layers
-        if all(isinstance(layer, nn.Linear) for layer in layers):  # whose memory is small
+        self.keeps = all(isinstance(layer, nn.Linear) for layer in layers)  # whose memory is small
+        if self.keeps:
             self.batch_size = max(self.batch_size, 4096)
         self.sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
         self._kept: list[Rows] | None = None
 
     def chunks(self) -> Iterable[Rows]:
-        if self._kept is not None:
-            return self._kept
-        chunks = map(self.at, self.loss_states.split(self.batch_size))
-        if all(isinstance(layer, nn.Linear) for layer in self.layers):
+        if self._kept is None:
+            chunks = map(self.at, self.curvature_states.split(self.batch_size))
+            if not self.keeps:
+                return chunks
             self._kept = list(chunks)
-            return self._kept
-        return chunks
+        return self._kept
 
     def to_values(self, v: th.Tensor) -> th.Tensor:
         return th.cat([rows.J_v(v) for rows in self.chunks()])
@@ -191,17 +144,15 @@ class LayerJacobian(Jacobian):
         # A value depends on its own row alone: the gradient of their sum has each row's own in its place
         deltas = th.autograd.grad(values.sum(), [calls[0][1] for calls in seen.values()])
         parts: list[Rows] = []
-        for layer, calls, delta in zip(self.layers, seen.values(), deltas, strict=True):
-            h = calls[0][0]
-            parts.append(
-                conv_rows(layer, h, delta) if isinstance(layer, nn.Conv2d) else LinearRows(h, delta, layer.bias is not None)
-            )
+        for layer, delta in zip(self.layers, deltas, strict=True):
+            h, bias = seen[layer][0][0], layer.bias is not None
+            parts.append(conv_rows(layer, h, delta) if isinstance(layer, nn.Conv2d) else LinearRows(h, delta, bias))
         return AllLayers(parts, self.sizes)
 
     def is_right(self) -> bool:
         """
-        :return: Whether what the layers give for a few rows is what automatic differentiation gives; not so where a layer is
-            called twice, or its weights are used in another way, or values depend on one another's observations
+        Whether what the layers give for a few rows is what automatic differentiation gives; not so where a layer is called
+        twice, or its weights are used in another way, or values depend on one another's observations.
         """
         index = th.linspace(0, self.n_observations - 1, min(self.n_observations, 16), device="cpu").long()
         try:
@@ -220,33 +171,28 @@ class LayerJacobian(Jacobian):
 
 class SampledJacobian(Jacobian):
     """
-    Of any critic. The curvature is made from the rows of some random states, which are formed; the gradient and the changes of
-    values are those of all observations.
-
-    :param generator: Source of the sample
-    :param arguments: As for :class:`Jacobian`
+    The Jacobian of any critic. The curvature is made from the rows of some random states, which are formed; the gradient and
+    the changes of values are those of all observations.
     """
 
     def __init__(self, generator: th.Generator, *arguments: Any) -> None:
         super().__init__(*arguments)
+        names = {id(parameter): name for name, parameter in self.critic.named_parameters()}
+        self._named = {names[id(parameter)]: parameter.detach() for parameter in self.parameters}
         n = min(MAX_SAMPLED_ROWS, max(1, MAX_SAMPLED_BYTES // (4 * self.n_params)), self.n_states)
-        self.loss_states = th.randperm(self.n_states, generator=generator, device="cpu")[:n].sort().values
-        self._rows = self.at(self.loss_states)
+        self.curvature_states = th.randperm(self.n_states, generator=generator, device="cpu")[:n].sort().values
+        self._rows = self.at(self.curvature_states)
 
     def chunks(self) -> Iterable[Rows]:
         return [self._rows]
 
     def at(self, index: th.Tensor) -> Rows:
-        observations = self.take(index)
-        names = {id(parameter): name for name, parameter in self.critic.named_parameters()}
-        parameters = {names[id(parameter)]: parameter.detach() for parameter in self.parameters}
-
         def value(parameters: dict[str, th.Tensor], observation: Any) -> th.Tensor:
             one = tree_map(lambda obs: obs[None], observation)
             return functional_call(self.critic, parameters, (one,))[0]
 
         try:
-            rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(parameters, observations)
+            rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(self._named, self.take(index))
             return FormedRows(th.cat([part.flatten(1) for part in rows.values()], dim=1))
         except th.OutOfMemoryError:
             raise
@@ -257,36 +203,29 @@ class SampledJacobian(Jacobian):
     @th.no_grad()
     def to_values(self, v: th.Tensor) -> th.Tensor:
         # A central difference: what serves every critic. The step balances its error and rounding
-        before = [parameter.clone() for parameter in self.parameters]
-        scale = 1 + th.linalg.vector_norm(flatten(before))
+        scale = 1 + th.linalg.vector_norm(flatten([*self._named.values()]))
         step = th.finfo(v.dtype).eps ** (1 / 3) * scale / th.linalg.vector_norm(v).clamp_min(th.finfo(v.dtype).tiny)
+        parts = v.split([parameter.numel() for parameter in self.parameters])
         values = []
-        try:
-            for sign in (1, -1):
-                for parameter, start, part in zip(self.parameters, before, unflatten(v, before), strict=True):
-                    parameter.copy_(start + sign * step * part)
-                parts = th.arange(self.n_states, device="cpu").split(self.batch_size)
-                values.append(th.cat([self.critic(self.take(index)) for index in parts]))
-        finally:
-            for parameter, start in zip(self.parameters, before, strict=True):
-                parameter.copy_(start)
+        for change in (step, -step):
+            moved = {
+                name: (start + change * part.view_as(start)).to(start.dtype)
+                for (name, start), part in zip(self._named.items(), parts, strict=True)
+            }
+            indices = th.arange(self.n_states, device="cpu").split(self.batch_size)
+            values.append(th.cat([functional_call(self.critic, moved, (self.take(index),)) for index in indices]))
         return (values[0] - values[1]) / (2 * step)
 
 
 def layers_of(critic: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Linear | nn.Conv2d] | None:
-    """
-    :param critic: The critic
-    :param parameters: Its trainable parameters
-    :return: Its layers in the order of the parameters, if all of them are those of plain Linear and Conv2d layers; else None
-    """
+    """The critic's layers in the order of its parameters, if these are all those of plain Linear and Conv2d layers."""
     own = [id(parameter) for parameter in parameters]
     layers = [module for module in critic.modules() if any(id(p) in own for p in module.parameters(recurse=False))]
-    if [id(parameter) for layer in layers for parameter in layer._parameters.values() if parameter is not None] != own:
-        return None
     plain = [layer for layer in layers if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and _is_plain(layer))]
-    if len(plain) != len(layers) or any(layer._parameters.keys() != {"weight", "bias"} for layer in plain):  # weight_norm
+    if len(plain) < len(layers) or any(layer._parameters.keys() != {"weight", "bias"} for layer in plain):  # weight_norm
         return None
-    return plain or None
+    found = [id(parameter) for layer in plain for parameter in layer._parameters.values() if parameter is not None]
+    return plain if plain and found == own else None
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
@@ -294,12 +233,7 @@ def _is_plain(layer: nn.Conv2d) -> bool:
 
 
 def make_jacobian(policy: Any, generator: th.Generator, *arguments: Any) -> Jacobian:
-    """
-    :param policy: The policy, in eval mode
-    :param generator: Source of a sample of states
-    :param arguments: As for :class:`Jacobian`, without ``critic``
-    :return: By layers, where these give what automatic differentiation does; else from sampled rows
-    """
+    """By layers, where these give what automatic differentiation does; else from sampled rows."""
     critic = Values(policy)
     *_, parameters, _ = arguments
     layers = layers_of(critic, parameters)

@@ -34,8 +34,6 @@ def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:
     Give the critic a features extractor of its own, and an optimizer with the settings of the policy's, which keeps the
     actor's parameters alone. Groups of parameters are kept, each on its side.
 
-    :param policy: A new policy, changed in place
-    :return: The critic's optimizer
     :raises ValueError: If a trainable parameter belongs to both or to neither
     """
     for name, parameter in policy.named_parameters():
@@ -58,10 +56,7 @@ def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:
 
 
 def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
-    """
-    :param optimizer: The actor's or the critic's
-    :param learning_rate: Of all groups of parameters but those that were made with a rate of their own
-    """
+    """Of all groups of parameters but those that were made with a rate of their own."""
     for group in optimizer.param_groups:
         if not group.get("has_own_lr"):
             group["lr"] = learning_rate
@@ -152,7 +147,6 @@ def _outputs(policy: ActorCriticPolicy, observations: Any) -> tuple[th.Tensor, t
                 "`get_distribution` as well.",
                 stacklevel=2,
             )
-    with th.no_grad():
         policy.get_distribution(observations)  # the policy keeps it, and could not be copied with the graph in it
     return log_prob.sum() + (0 if entropy is None else entropy.sum()), values.sum()
 
@@ -170,11 +164,7 @@ def _examples(space: spaces.Space, n: int = 8) -> Any:
 
 
 def check_optimizers(policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer) -> None:
-    """
-    :param policy: The policy with the actor's optimizer
-    :param critic_optimizer: The critic's
-    :raises ValueError: Unless each trainable parameter of the policy is in one of them, and nothing else is
-    """
+    """A ValueError unless each trainable parameter of the policy is in one of the two optimizers, and nothing else is."""
     names = {id(parameter): name for name, parameter in policy.named_parameters()}
     actor, critic = (
         {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -20,11 +20,8 @@ TINY = th.finfo(th.float32).tiny
 
 class Response(NamedTuple):
     """
-    The critic's response, as the weights of the correction.
-
-    :param e: e = U^T u, u_t the change of V(s_t) along v = (H + alpha I)^-1 grad_omega J (N,)
-    :param ok: Whether the solve succeeded and all is finite ()
-    :param residual: Of the solve, relative to the right side ()
+    The critic's response: e = U^T u, u_t the change of V(s_t) along v = (H + alpha I)^-1 grad_omega J (N,), whether the solve
+    succeeded and e is finite (), and the relative residual of the solve ().
     """
 
     e: th.Tensor
@@ -32,43 +29,31 @@ class Response(NamedTuple):
     residual: th.Tensor
 
 
-def surrogate_weights(ratio: th.Tensor, advantages: th.Tensor, clip_range: float) -> th.Tensor:
+def surrogate_derivative(ratio: th.Tensor, advantages: th.Tensor, clip_range: float) -> th.Tensor:
     """
     Derivative of PPO's surrogate (1/N) sum_t min(rho_t A_t, clip(rho_t) A_t) by the advantages.
 
-    :param ratio: rho_t (N,)
-    :param advantages: A_t (N,)
-    :param clip_range: PPO's clipping parameter
-    :return: The ratio where the unclipped branch is active, else the bound, over N (N,)
+    :return: The ratio rho_t where the unclipped branch is active, else the bound, over N (N,)
     """
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return th.where(ratio * advantages <= clipped * advantages, ratio, clipped) / len(ratio)
 
 
 def best_response(
-    rollout: Rollout,
-    jacobian: Jacobian,
-    weights: th.Tensor,
-    values: th.Tensor,
-    solver: Solver,
-    damping: float,
-    curvature: str,
-    generator: th.Generator,
-) -> Response | None:
+    rollout: Rollout, jacobian: Jacobian, by_returns: th.Tensor, values: th.Tensor,
+    solver: Solver, damping: float, curvature: str, generator: th.Generator,
+) -> Response | None:  # fmt: skip
     """
     Solve (H + alpha I) v = g for the follower, and trace what v does to the values.
 
-    :param rollout: The rollout
-    :param jacobian: Of the values of its observations
-    :param weights: Derivative of the leader's objective by the lambda-returns (N,)
+    :param jacobian: Of the values of the rollout's observations
+    :param by_returns: Derivative of the leader's objective by the lambda-returns (N,)
     :param values: Of the rollout's observations
-    :param solver: The solver
     :param damping: alpha in units of the trace of the Gauss-Newton matrix, positive
     :param curvature: "gauss_newton" or "hessian"
-    :param generator: Source of what the solver draws
     :return: The response; ``None`` where the critic cannot respond, its values do not depend on any parameter
     """
-    g = jacobian.gradient(rollout.return_gradient(weights))
+    g = jacobian.gradient(rollout.return_gradient(by_returns))
     if curvature == "hessian":
         system: GaussNewton = Hessian(jacobian, g, damping, values[: len(rollout)] - rollout.returns)
     else:
@@ -76,18 +61,14 @@ def best_response(
     if system.trace == 0:
         return None
     v, ok = solver.solve(system, generator)
-    e = rollout.trace(jacobian.to_values(v))
+    e = rollout.eligibility_trace(jacobian.to_values(v))
     return Response(e, ok & e.isfinite().all(), system.residual(v))
 
 
 class Correction(NamedTuple):
     """
-    Advantages with the correction in them.
-
-    :param weights: W (N,)
-    :param stats: Norm of the correction 2 e A relative to that of A before the cap, cosine of the angle between them, and
-        whether the cap was active; empty where there is no correction
-    :param skipped: Whether there would be one, but for a failed solve
+    The corrected advantages W (N,). ``stats`` compares the correction 2 e A, before the cap, with A: empty where there is no
+    correction, and ``skipped`` says whether a failed solve is why.
     """
 
     weights: th.Tensor
@@ -100,10 +81,8 @@ def correct(advantages: th.Tensor, response: Response | None, max_correction_rat
     W = (A + B) ‖A‖ / ‖A + B‖ with B = 2 c e A, c such that ‖B‖ is at most ``max_correction_ratio`` ‖A‖: the correction turns
     the advantages, and does not lengthen them.
 
-    :param advantages: A (N,)
     :param response: The critic's response, or ``None``: W = A
     :param max_correction_ratio: At least 0; ``None``: W = A + 2 e A, the hypergradient itself
-    :return: W and how the correction compares with A
     """
     if response is None:
         return Correction(advantages, {}, False)

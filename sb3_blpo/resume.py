@@ -24,7 +24,7 @@ from sb3_blpo.archive import atomic_file
 from sb3_blpo.bilevel import torch_generator_states
 from sb3_blpo.blpo import BLPO
 from sb3_blpo.checks import POSITIVE, check
-from sb3_blpo.rollout import each
+from sb3_blpo.rollout import map_parts
 
 #: What a checkpoint has more than a saved model
 ENTRY = "resume.pkl"
@@ -93,7 +93,7 @@ class ResumableCheckpoint(BaseCallback):
             "generators": generators,
             "seed": seed,
             "former_rollouts": [
-                (each(lambda obs: obs.numpy(force=True), observations), returns.numpy(force=True))
+                (map_parts(lambda obs: obs.numpy(force=True), observations), returns.numpy(force=True))
                 for observations, returns in self.model._former_rollouts
             ],
         }
@@ -141,7 +141,10 @@ def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[BL
         )
     model.set_env(_Unpickler(state["env"], model).load() if env is None else env, force_reset=False)
     model._former_rollouts = [
-        (each(lambda obs: th.as_tensor(obs, device=model.device), observations), th.as_tensor(returns, device=model.device))
+        (
+            map_parts(lambda obs: th.as_tensor(obs, device=model.device), observations),
+            th.as_tensor(returns, device=model.device),
+        )
         for observations, returns in state.get("former_rollouts", [])
     ]
     normalize = model.get_vec_normalize_env()
@@ -195,8 +198,6 @@ class _Pickler(cloudpickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads what :class:`_Pickler` wrote."""
-
     def __init__(self, pickled: bytes, model: BLPO) -> None:
         super().__init__(io.BytesIO(pickled))
         self.model = model

@@ -21,46 +21,26 @@ from sb3_blpo.gae import DiscountedSum
 
 
 class Truncation(NamedTuple):
-    """
-    A step of the rollout that was cut short, and where it led.
-
-    :param step: Index of the step in the rollout
-    :param env: Index of the environment
-    :param observation: Terminal observation of that environment, an array or a dictionary of arrays
-    """
+    """A step of the rollout, in one environment, that was cut short, and the terminal observation that it led to."""
 
     step: int
     env: int
     observation: Any
 
 
-def each(function: Callable[..., Any], *observations: Any) -> Any:
-    """
-    Apply a function to observations, or to each part of them if they are dictionaries.
-
-    :param function: Takes as many arrays or tensors as there are observations
-    :param observations: One or more
-    :return: What it returns, in a dictionary if they are dictionaries
-    """
+def map_parts(function: Callable[..., Any], *observations: Any) -> Any:
+    """Apply a function of one or more arrays to observations, or to each part of them if they are dictionaries."""
     if isinstance(observations[0], dict):
         return {key: function(*(obs[key] for obs in observations)) for key in observations[0]}
     return function(*observations)
 
 
 def take(observations: PyTorchObs, index: th.Tensor) -> PyTorchObs:
-    """
-    :param observations: (n, ...)
-    :param index: Of k of them (k,)
-    :return: A copy of these, which a features extractor may change in place (k, ...)
-    """
-    return each(lambda obs: obs[index], observations)
+    """A copy of k of the observations, which a features extractor may change in place (k, ...)."""
+    return map_parts(lambda obs: obs[index], observations)
 
 
 def size(observations: PyTorchObs) -> int:
-    """
-    :param observations: (n, ...)
-    :return: Their number n
-    """
     return len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
 
 
@@ -73,28 +53,15 @@ def minibatches(n: int, batch_size: int, n_minibatches: int | None = None) -> It
     :param n_minibatches: How many; ``None``: one pass
     :return: Indices of each minibatch's rows (batch_size,)
     """
-    if n_minibatches is None:
-        n_minibatches = -(-n // batch_size)
+    n_minibatches = -(-n // batch_size) if n_minibatches is None else n_minibatches
     passes = (th.randperm(n, device="cpu").split(batch_size) for _ in itertools.count())
     return itertools.islice(itertools.chain.from_iterable(passes), n_minibatches)
 
 
-def in_order(n: int, batch_size: int) -> tuple[th.Tensor, ...]:
-    """
-    :param n: Number of rows
-    :param batch_size: At most so many at a time
-    :return: Their indices, in order
-    """
-    return th.arange(n, device="cpu").split(batch_size)
-
-
 def joined(parts: list[tuple[PyTorchObs, th.Tensor]]) -> tuple[PyTorchObs, th.Tensor]:
-    """
-    :param parts: Observations and a number for each, of several rollouts
-    :return: The same in one
-    """
+    """Join several rollouts' observations and the numbers that belong to them."""
     observations, numbers = zip(*parts, strict=True)
-    return each(lambda *obs: th.cat(obs), *observations), th.cat(numbers)
+    return map_parts(lambda *obs: th.cat(obs), *observations), th.cat(numbers)
 
 
 @dataclass
@@ -102,26 +69,16 @@ class Rollout:
     """
     T = n_steps of E = n_envs environments, N = T E transitions in time order. Flat tensors join steps and environments, steps
     first.
-
-    :param observations: s_t, then the observations after the last step, then the terminal ones of truncated episodes
-        (N + E + n_truncated, ...)
-    :param actions: (N, ...) or, if discrete, (N,)
-    :param old_log_prob: log pi_old(a_t|s_t) (N,)
-    :param advantages: Of GAE under the rollout's critic (N,)
-    :param returns: The critic's targets (N,)
-    :param done: 1 where the step ended the episode (T, E)
-    :param truncated: Flat indices of the truncated steps (n_truncated,)
-    :param gamma: Discount factor
-    :param gae_lambda: lambda of GAE
     """
 
+    #: s_t, then those after the last step, then the terminal ones of truncated episodes (N + E + n_truncated, ...)
     observations: PyTorchObs
-    actions: th.Tensor
-    old_log_prob: th.Tensor
-    advantages: th.Tensor
-    returns: th.Tensor
-    done: th.Tensor
-    truncated: th.Tensor
+    actions: th.Tensor  # (N, ...) or, if discrete, (N,)
+    old_log_prob: th.Tensor  # log pi_old(a_t|s_t) (N,)
+    advantages: th.Tensor  # of GAE under the rollout's critic (N,)
+    returns: th.Tensor  # the critic's targets (N,)
+    done: th.Tensor  # 1 where the step ended the episode (T, E)
+    truncated: th.Tensor  # flat indices of the truncated steps (n_truncated,)
     gamma: float
     gae_lambda: float
 
@@ -129,15 +86,7 @@ class Rollout:
     def of(
         cls, buffer: RolloutBuffer, last_observation: Any, last_done: np.ndarray, truncations: list[Truncation], device: Any
     ) -> "Rollout":
-        """
-        :param buffer: SB3's rollout buffer, full
-        :param last_observation: Observations after the last step (E, ...)
-        :param last_done: Whether the last step ended an episode (E,)
-        :param truncations: The steps at which an episode was truncated
-        :param device: Where the tensors go
-        :return: A copy of what is in them
-        :raises ValueError: If anything is not finite
-        """
+        """A copy of a full buffer and of what came after its last step. Raises ValueError if anything is not finite."""
         n_steps, n_envs = buffer.buffer_size, buffer.n_envs
 
         def flat(array: np.ndarray) -> np.ndarray:
@@ -160,15 +109,12 @@ class Rollout:
         check_finite("observations", last_observation)
         # As SB3's buffer hands them out: float32, int64 if discrete
         actions = tensor(flat(buffer.actions).astype(np.float32))
-        log_probs, advantages, returns = (
-            tensor(flat(array).flatten()) for array in (buffer.log_probs, buffer.advantages, buffer.returns)
-        )
         return cls(
-            observations=each(join, buffer.observations, last_observation, *(t.observation for t in truncations)),
+            observations=map_parts(join, buffer.observations, last_observation, *(t.observation for t in truncations)),
             actions=actions.long().flatten() if isinstance(buffer.action_space, spaces.Discrete) else actions,
-            old_log_prob=log_probs,
-            advantages=advantages,
-            returns=returns,
+            old_log_prob=tensor(flat(buffer.log_probs).flatten()),
+            advantages=tensor(flat(buffer.advantages).flatten()),
+            returns=tensor(flat(buffer.returns).flatten()),
             done=tensor(np.concatenate([buffer.episode_starts[1:], last_done[None]]).astype(np.float32)),
             truncated=th.tensor([t.step * n_envs + t.env for t in truncations], dtype=th.long, device=device),
             gamma=buffer.gamma,
@@ -177,7 +123,6 @@ class Rollout:
 
     @cached_property
     def U(self) -> DiscountedSum:
-        """The discounted sum inside an episode."""
         return DiscountedSum(self.done, self.gamma * self.gae_lambda)
 
     def __len__(self) -> int:
@@ -185,16 +130,12 @@ class Rollout:
 
     @property
     def states(self) -> PyTorchObs:
-        """The observations s_t (N, ...)."""
-        return each(lambda obs: obs[: len(self)], self.observations)
+        return map_parts(lambda obs: obs[: len(self)], self.observations)
 
     def advantages_after(self, change: th.Tensor) -> th.Tensor:
         """
-        Advantages of GAE under another critic: the buffer's, and what the change of the values adds to them, for they are
-        affine in the values.
-
-        :param change: Of the value of each of :attr:`observations`
-        :return: Advantages (N,)
+        Advantages of GAE under another critic (N,): the buffer's, and what the change of all observations' values adds to
+        them, for they are affine in the values.
         """
         n, n_envs = self.done.numel(), self.done.shape[1]
         states, last, terminal = change.split([n, n_envs, len(self.truncated)])
@@ -208,7 +149,6 @@ class Rollout:
         Differentiate sum_t weights_t Q_t, Q_t = V(s_t) + A_t the lambda-returns: its gradient is sum_j c_j grad V(s_j). The
         baseline V(s_t) that turns a lambda-return into an advantage takes no part.
 
-        :param weights: (N,)
         :return: c, one for each of :attr:`observations`
         """
         z = self.U.adjoint(weights.view(self.done.shape))
@@ -216,9 +156,6 @@ class Rollout:
         states = th.cat([th.zeros_like(z[:1]), (1 - self.gae_lambda) * by_next[:-1]])
         return th.cat([states.flatten(), by_next[-1], self.gamma * z.view(-1)[self.truncated]])
 
-    def trace(self, x: th.Tensor) -> th.Tensor:
-        """
-        :param x: (N,)
-        :return: U^T x: e_k = x_k + gamma lambda e_{k-1} inside each episode (N,)
-        """
+    def eligibility_trace(self, x: th.Tensor) -> th.Tensor:
+        """U^T x: e_k = x_k + gamma lambda e_{k-1} inside each episode (N,)."""
         return self.U.adjoint(x.view(self.done.shape)).flatten()

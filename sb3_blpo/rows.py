@@ -6,6 +6,7 @@ For a Linear layer they are never formed: all follows from the layer's inputs an
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch as th
@@ -14,53 +15,41 @@ from torch.nn import functional as F
 
 
 def flatten(parts: Sequence[th.Tensor]) -> th.Tensor:
-    """
-    :param parts: Tensors
-    :return: One vector of all their elements
-    """
+    """One vector of all their elements."""
     return th.cat([part.flatten() for part in parts])
 
 
 class Rows(ABC):
-    """Some rows of J, or the part of them that belongs to one layer."""
+    """Some rows of J, or the part of them that belongs to one layer. Their number is ``len(rows)``."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @abstractmethod
     def J_v(self, v: th.Tensor) -> th.Tensor:
-        """
-        :param v: A parameter vector (n_params,)
-        :return: J v (n_rows,)
-        """
+        """J v (n_rows,)."""
 
     @abstractmethod
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
-        """
-        :param w: A coefficient for each row (n_rows,)
-        :return: J^T w (n_params,)
-        """
+        """J^T w (n_params,)."""
 
     @abstractmethod
     def gram(self, other: Any) -> th.Tensor:
-        """
-        :param other: k rows of the same kind
-        :return: Inner products of these rows with the others (n_rows, k)
-        """
+        """Inner products of these rows with k others of the same kind (n_rows, k)."""
 
     @abstractmethod
     def squared_norms(self) -> th.Tensor:
-        """
-        :return: Of each row (n_rows,)
-        """
+        """Of each row (n_rows,)."""
 
 
+@dataclass(eq=False)
 class FormedRows(Rows):
-    """
-    Rows as a matrix.
+    """Rows as a matrix (n_rows, n_params)."""
 
-    :param matrix: (n_rows, n_params)
-    """
+    matrix: th.Tensor
 
-    def __init__(self, matrix: th.Tensor) -> None:
-        self.matrix = matrix
+    def __len__(self) -> int:
+        return len(self.matrix)
 
     def J_v(self, v: th.Tensor) -> th.Tensor:
         return self.matrix @ v
@@ -90,6 +79,9 @@ class LinearRows(Rows):
         self.delta = delta
         self.has_bias = has_bias
 
+    def __len__(self) -> int:
+        return len(self.delta)
+
     def J_v(self, v: th.Tensor) -> th.Tensor:
         n_out, n_in = self.delta.shape[1], self.h.shape[1]
         if self.has_bias:
@@ -108,34 +100,26 @@ class LinearRows(Rows):
 
 
 def conv_rows(layer: nn.Conv2d, h: th.Tensor, delta: th.Tensor) -> FormedRows:
-    """
-    Rows of a Conv2d layer: weights shared over the image leave no outer product, but are few.
-
-    :param layer: The layer
-    :param h: Its inputs (n_rows, n_channels, height, width)
-    :param delta: Derivatives of the values by its outputs (n_rows, n_out, height', width')
-    :return: Its part of J
-    """
+    """Rows of a Conv2d layer: weights that are shared over the image leave no outer product, but are few."""
     patches = F.unfold(h, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
     delta = delta.flatten(2)
     by_weight = (delta @ patches.transpose(1, 2)).flatten(1)
     return FormedRows(by_weight if layer.bias is None else th.cat([by_weight, delta.sum(dim=2)], dim=1))
 
 
+@dataclass(eq=False)
 class AllLayers(Rows):
-    """
-    Rows of a critic that is made of layers.
+    """Rows of a critic that is made of layers."""
 
-    :param parts: Of each layer
-    :param sizes: How many parameters each layer has
-    """
+    parts: Sequence[Rows]  # of each layer
+    sizes: list[int]  # how many parameters each layer has
 
-    def __init__(self, parts: Sequence[Rows], sizes: Sequence[int]) -> None:
-        self.parts = parts
-        self.sizes = list(sizes)
+    def __len__(self) -> int:
+        return len(self.parts[0])
 
     def J_v(self, v: th.Tensor) -> th.Tensor:
-        return th.stack([part.J_v(own) for part, own in zip(self.parts, v.split(self.sizes), strict=True)]).sum(dim=0)
+        products = (part.J_v(own) for part, own in zip(self.parts, v.split(self.sizes), strict=True))
+        return sum(products, start=v.new_zeros(()))
 
     def Jt_w(self, w: th.Tensor) -> th.Tensor:
         return th.cat([part.Jt_w(w) for part in self.parts])

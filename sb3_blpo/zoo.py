@@ -30,11 +30,7 @@ COMMANDS |= {name: f"rl_zoo3.plots.{name}" for name in ("all_plots", "plot_from_
 
 
 def register(module: ModuleType | None = None) -> None:
-    """
-    Make BLPO known to RL Zoo. Calling it again changes nothing.
-
-    :param module: The one of the Zoo's modules to register with, by default all of them
-    """
+    """Make BLPO known to one of RL Zoo's modules, by default to all of them. Calling it again changes nothing."""
     for zoo_module in map(importlib.import_module, _REGISTRATIONS) if module is None else (module,):
         _REGISTRATIONS[zoo_module.__name__](zoo_module)
 
@@ -91,10 +87,7 @@ _REGISTRATIONS = {
 
 
 def default_hyperparams(algo: str = "blpo") -> Path:
-    """
-    :param algo: Our algorithm's name in the Zoo
-    :return: The hyperparameter file used without `--conf-file`: inside the package, or beside it in a checkout
-    """
+    """The hyperparameter file used without `--conf-file`: inside the package, or beside it in a checkout."""
     package = Path(__file__).parent
     return (package if (package / "hyperparams").is_dir() else package.parent) / "hyperparams" / f"{algo}.yml"
 
@@ -108,15 +101,7 @@ def _parse_schedule(name: str, text: str) -> LinearSchedule:
 
 
 def sample_blpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-    """
-    Draw BLPO's arguments for `-optimize`.
-
-    :param trial: Optuna's trial
-    :param n_actions: Not used, part of the Zoo's signature
-    :param n_envs: Not used
-    :param additional_args: Not used
-    :return: Arguments of BLPO
-    """
+    """Draw BLPO's arguments for `-optimize`. The signature is the Zoo's."""
     trial.suggest_int("n_steps_pow", 6, 11)
     trial.suggest_int("batch_size_pow", 6, 10)
     trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True)
@@ -141,12 +126,7 @@ def sample_blpo_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
 
 
 def convert_blpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    Turn what was drawn for a trial into BLPO's arguments, for `--trial-id` too.
-
-    :param sampled_params: The trial's parameters
-    :return: Arguments of BLPO
-    """
+    """Turn what was drawn for a trial into BLPO's arguments, for `--trial-id` too."""
     from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 
     sampled = sampled_params.copy()

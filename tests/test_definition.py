@@ -22,7 +22,7 @@ from torch import nn
 from sb3_blpo import BLPO
 from sb3_blpo.curvature import GaussNewton, Hessian
 from sb3_blpo.ihvp import Exact, make_solver
-from sb3_blpo.response import Response, best_response, surrogate_weights
+from sb3_blpo.response import Response, best_response, surrogate_derivative
 from sb3_blpo.rollout import Rollout
 
 DAMPING = 0.05
@@ -92,7 +92,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 
 
 def response_of(p: Problem, solver: str = "exact", curvature: str = "gauss_newton") -> Response:
-    weights = surrogate_weights(p.ratio.detach(), advantages_of(p), CLIP_RANGE)
+    weights = surrogate_derivative(p.ratio.detach(), advantages_of(p), CLIP_RANGE)
     made = make_solver(solver, **SETTINGS)
     assert made is not None
     response = best_response(p.rollout, p.jacobian, weights, p.values, made, DAMPING, curvature, th.Generator())
@@ -107,7 +107,7 @@ def advantages_of(p: Problem) -> th.Tensor:
 def correction_of(p: Problem, response: Response) -> th.Tensor:
     """The policy gradient with the correction's weights, on the branch of the surrogate that is active."""
     A = advantages_of(p)
-    objective = (surrogate_weights(p.ratio, A, CLIP_RANGE) * 2 * response.e * A).sum()
+    objective = (surrogate_derivative(p.ratio, A, CLIP_RANGE) * 2 * response.e * A).sum()
     return flat(th.autograd.grad(objective, list(p.actor.parameters())))
 
 
@@ -123,7 +123,7 @@ def test_3_every_quantity_is_that_of_brute_force(name: str, curvature: str) -> N
         expected = truth(p.definition, DAMPING, curvature)
         jacobian, A = p.jacobian, advantages_of(p)
         assert_close(A, p.definition.A, 1e-12)
-        g = jacobian.gradient(p.rollout.return_gradient(surrogate_weights(p.ratio.detach(), A, CLIP_RANGE)))
+        g = jacobian.gradient(p.rollout.return_gradient(surrogate_derivative(p.ratio.detach(), A, CLIP_RANGE)))
         assert_close(g, expected.g, 1e-9)
         residuals = p.values[: len(p.rollout)] - p.rollout.returns
         system = GaussNewton(jacobian, g, DAMPING) if curvature == "gauss_newton" else Hessian(jacobian, g, DAMPING, residuals)

@@ -29,7 +29,7 @@ class MatrixJacobian(Jacobian):
         return FormedRows(self.J[index])
 
     def chunks(self) -> list[FormedRows]:
-        return [self.at(index) for index in self.loss_states.split(self.batch_size)]
+        return [self.at(index) for index in self.curvature_states.split(self.batch_size)]
 
     def to_values(self, v: th.Tensor) -> th.Tensor:
         return self.J[: self.n_states] @ v
@@ -83,7 +83,7 @@ class System(GaussNewton):
 
 def dense(system: GaussNewton) -> th.Tensor:
     """H."""
-    J = system.jacobian.at(system.jacobian.loss_states).gram(FormedRows(th.eye(len(system.g), dtype=system.g.dtype)))
+    J = system.jacobian.at(system.jacobian.curvature_states).gram(FormedRows(th.eye(len(system.g), dtype=system.g.dtype)))
     H = 2 / len(J) * J.T @ J
     return H if system.semidefinite else H + system.jacobian.hessian_v(J[0], th.eye(len(H), dtype=H.dtype))
 

@@ -223,8 +223,10 @@ def test_the_sample_comes_from_the_generator_and_estimates_the_trace() -> None:
     before = th.get_rng_state()
     one, same, *others = (jacobian_of(critic, observations, n, n_states, 64, seed) for seed in (1, *range(1, 20)))
     assert th.equal(th.get_rng_state(), before)
-    assert len(one.loss_states.unique()) == MAX_SAMPLED_ROWS == len(one.loss_states)
-    assert th.equal(one.loss_states, same.loss_states) and not th.equal(one.loss_states, others[0].loss_states)
+    assert len(one.curvature_states.unique()) == MAX_SAMPLED_ROWS == len(one.curvature_states)
+    assert th.equal(one.curvature_states, same.curvature_states) and not th.equal(
+        one.curvature_states, others[0].curvature_states
+    )
     g = th.zeros(one.n_params, dtype=th.float64)
     traces = th.stack([GaussNewton(jacobian, g, 1.0).trace for jacobian in (one, *others)])
     rows = one.at(th.arange(n)).squared_norms()

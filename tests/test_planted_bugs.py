@@ -197,14 +197,14 @@ def draws_without_seed(self: Nystrom, system: Any, generator: th.Generator) -> A
     return sketch(self, system, unseeded)
 
 
-update_info_buffer, sketch, trace = Bilevel._update_info_buffer, Nystrom._sketch, Rollout.trace
+update_info_buffer, sketch, trace = Bilevel._update_info_buffer, Nystrom._sketch, Rollout.eligibility_trace
 #: Where the bug is, the bug, and the check that sees it
 BUGS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
     "critic's optimizer not saved": (
         BLPO, "_get_torch_save_params", OnPolicyAlgorithm._get_torch_save_params, check_a_saved_model_is_the_same,
     ),
-    "hypergradient zero": (Rollout, "trace", lambda self, x: 0 * x, CHECKS[0]),
-    "correction's sign flipped": (Rollout, "trace", lambda self, x: -trace(self, x), CHECKS[0]),
+    "hypergradient zero": (Rollout, "eligibility_trace", lambda self, x: 0 * x, CHECKS[0]),
+    "correction's sign flipped": (Rollout, "eligibility_trace", lambda self, x: -trace(self, x), CHECKS[0]),
     "critic's schedule ignored": (
         bilevel, "scheduled", ignores_the_critics_schedule, check_rates_follow_their_schedules,
     ),
@@ -221,7 +221,7 @@ BUGS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
         TorchEngine, "improve_actor", lambda *_: ActorPass({"loss": 0.0, "approx_kl": 0.0}, False), check_both_networks_step,
     ),
     "critic never steps": (
-        TorchEngine, "fit_critic", lambda self, observations, returns, n_steps: th.zeros(n_steps), check_both_networks_step,
+        TorchEngine, "fit_critic", lambda self, obs, returns, n_updates: th.zeros(n_updates), check_both_networks_step,
     ),
 }  # fmt: skip
 

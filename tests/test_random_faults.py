@@ -261,7 +261,7 @@ SITES = {
     "H v": Site(result("H_v", GaussNewton), 6),
     "J^T c": Site(result("gradient", Jacobian), 1),
     "change of values": Site(result("to_values", Jacobian), 1),
-    "trace": Site(result("trace", Rollout), 1),
+    "eligibility trace": Site(result("eligibility_trace", Rollout), 1),
     "J v": Site(result("J_v", Rows), 8, LAYERS),
     "J^T w": Site(result("Jt_w", Rows), 8, LAYERS),
     "Gram matrix": Site(result("gram", Rows), 4, {"ihvp_kwargs": {"sketch": "values"}}),

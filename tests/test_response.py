@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from sb3_blpo import BLPO
 from sb3_blpo.ihvp import make_solver
 from sb3_blpo.jacobian import MAX_SAMPLED_ROWS, SampledJacobian
-from sb3_blpo.response import Response, best_response, correct, surrogate_weights
+from sb3_blpo.response import Response, best_response, correct, surrogate_derivative
 
 
 def response_of(e: th.Tensor, ok: bool = True) -> Response:
@@ -25,13 +25,13 @@ A = th.tensor([3.0, 0.0, -4.0, 1.0], dtype=th.float64)
 E = th.tensor([0.5, 7.0, -1.0, 2.0], dtype=th.float64)
 
 
-def test_surrogate_weights_are_the_surrogates_derivative() -> None:
+def test_derivative_of_the_surrogate() -> None:
     generator = th.Generator().manual_seed(0)
     ratio = (0.3 * th.randn(50, generator=generator, dtype=th.float64)).exp()
     advantages = th.randn(50, generator=generator, dtype=th.float64).requires_grad_()
     surrogate = th.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
     (expected,) = th.autograd.grad(surrogate, advantages)
-    th.testing.assert_close(surrogate_weights(ratio, advantages.detach(), 0.2), expected, rtol=1e-12, atol=0)
+    th.testing.assert_close(surrogate_derivative(ratio, advantages.detach(), 0.2), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])

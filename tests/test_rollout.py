@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_blpo import BLPO
-from sb3_blpo.rollout import Rollout, each, in_order, minibatches, take
+from sb3_blpo.rollout import Rollout, map_parts, minibatches, take
 
 
 class Recorder(BaseCallback):
@@ -124,13 +124,15 @@ def test_a_buffer_that_was_read_and_whose_arrays_go_on_living(space: spaces.Spac
     for rollout in kept:
         for name in ("actions", "old_log_prob", "advantages", "returns", "done", "truncated"):
             assert th.equal(getattr(rollout, name), getattr(recorder.rollout, name)), name
-        each(lambda a, b: th.testing.assert_close(a, b, rtol=0, atol=0), rollout.observations, recorder.rollout.observations)
+        map_parts(
+            lambda a, b: th.testing.assert_close(a, b, rtol=0, atol=0), rollout.observations, recorder.rollout.observations
+        )
 
 
 def test_what_a_forward_pass_does_to_its_input_reaches_nothing() -> None:
     observations = {"a": th.ones(6, 2), "b": th.ones(6)}
-    for index in in_order(6, 4):
-        each(lambda part: part.mul_(0.5), take(observations, index))
+    for index in th.arange(6).split(4):
+        map_parts(lambda part: part.mul_(0.5), take(observations, index))
     assert all(part.eq(1).all() for part in observations.values())
 
 
@@ -144,7 +146,6 @@ def test_minibatches_hold_each_row_once_in_a_pass(n: int, batch_size: int) -> No
     orders = [th.cat(several[i * n_minibatches : (i + 1) * n_minibatches]) for i in range(3)]
     assert all(sorted(order.tolist()) == [*range(n)] for order in orders)
     assert n < 12 or not (th.equal(orders[0], orders[1]) or th.equal(orders[0], th.arange(n)))
-    assert th.equal(th.cat(in_order(n, batch_size)), th.arange(n))
 
 
 @pytest.mark.parametrize(("name", "value"), [("n_steps", 4), ("gamma", 0.5), ("gae_lambda", 0.5)])

@@ -20,9 +20,6 @@ def make_engine(
 ) -> tuple[TorchEngine, str]:
     """
     :param engine: "numba" (compiled), "torch" or "auto": the compiled one where it serves
-    :param policy: The policy; its optimizer is the actor's
-    :param critic_optimizer: The critic's
-    :param settings: Further arguments of an engine
     :return: An engine, and which one it is and why
     :raises ValueError: If it shall be the compiled one, which cannot serve
     """
@@ -41,11 +38,7 @@ def make_engine(
 
 
 def compiled_acting(engine: str, policy: ActorCriticPolicy) -> contextlib.AbstractContextManager[None]:
-    """
-    :param engine: As for :func:`make_engine`
-    :param policy: The policy
-    :return: A context in which the policy acts by compiled calls, where it can
-    """
+    """A context in which the policy acts by compiled calls, where it can."""
     if engine == "torch" or not isinstance(policy, MlpPolicy) or _numba_is_missing() is not None:
         return contextlib.nullcontext()
     from sb3_blpo.engines.acting import acting

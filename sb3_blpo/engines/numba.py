@@ -265,9 +265,9 @@ class NumbaEngine(TorchEngine):
         )
         self.kind, self.choices = distribution_of(policy)
 
-    def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_steps: int) -> th.Tensor:
-        x, losses = features(self.policy, observations), np.empty(n_steps, np.float32)
-        index, starts = self._minibatches(len(x), n_steps)
+    def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_updates: int) -> th.Tensor:
+        x, losses = features(self.policy, observations), np.empty(n_updates, np.float32)
+        index, starts = self._minibatches(len(x), n_updates)
         with one_blas_thread():
             kernels.fit_critic(self.critic.arrays, x, returns.float().numpy(), index, starts, losses)
         return finite("critic's loss", th.from_numpy(losses))

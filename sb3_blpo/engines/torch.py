@@ -12,15 +12,13 @@ from torch.nn import functional as F
 
 from sb3_blpo.checks import finite
 from sb3_blpo.jacobian import Jacobian, make_jacobian
-from sb3_blpo.rollout import Rollout, in_order, minibatches, size, take
+from sb3_blpo.rollout import Rollout, minibatches, size, take
 
 
 class ActorPass(NamedTuple):
     """
-    One pass of the actor over the rollout.
-
-    :param stats: Means over its minibatches by the names that SB3's PPO logs, ``loss`` of the last one
-    :param stopped: Whether ``target_kl`` ended it
+    One pass of the actor over the rollout: means over its minibatches by the names that SB3's PPO logs, ``loss`` of the last
+    one, and whether ``target_kl`` ended it.
     """
 
     stats: dict[str, float]
@@ -28,27 +26,12 @@ class ActorPass(NamedTuple):
 
 
 class TorchEngine:
-    """
-    :param policy: The policy; its optimizer is the actor's
-    :param critic_optimizer: The critic's
-    :param batch_size: Transitions in a minibatch
-    :param clip_range: PPO's clipping parameter
-    :param ent_coef: Entropy coefficient
-    :param max_grad_norm: The maximum norm of the actor's gradient
-    :param target_kl: Limit of the KL divergence between updates, or ``None``
-    """
+    """Both levels of a policy, whose own optimizer is the actor's. The settings are BLPO's of the same names."""
 
     def __init__(
-        self,
-        policy: ActorCriticPolicy,
-        critic_optimizer: th.optim.Optimizer,
-        *,
-        batch_size: int,
-        clip_range: float,
-        ent_coef: float,
-        max_grad_norm: float,
-        target_kl: float | None,
-    ) -> None:
+        self, policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer, *,
+        batch_size: int, clip_range: float, ent_coef: float, max_grad_norm: float, target_kl: float | None,
+    ) -> None:  # fmt: skip
         self.policy, self.critic_optimizer = policy, critic_optimizer
         self.batch_size = batch_size
         self.clip_range, self.ent_coef = clip_range, ent_coef
@@ -65,19 +48,16 @@ class TorchEngine:
             for name in ("evaluate_actions", "get_distribution", "extract_features")
         )
 
-    def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_steps: int) -> th.Tensor:
+    def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_updates: int) -> th.Tensor:
         """
         The follower: steps on the mean squared error of random minibatches.
 
-        :param observations: (n, ...)
-        :param returns: The critic's targets (n,)
-        :param n_steps: How many steps
-        :return: The loss before each of them (n_steps,)
+        :return: The loss before each of them (n_updates,)
         """
         self.policy.set_training_mode(True)
         losses = []
         with _fused(self.critic_optimizer):
-            for index in minibatches(size(observations), self.batch_size, n_steps):
+            for index in minibatches(len(returns), self.batch_size, n_updates):
                 values = self.policy.predict_values(take(observations, index)).flatten()
                 loss = F.mse_loss(values, returns[index])
                 if self.critic_parameters:  # not all of the critic is frozen
@@ -88,32 +68,23 @@ class TorchEngine:
 
     @th.no_grad()
     def values(self, observations: PyTorchObs) -> th.Tensor:
-        """
-        :param observations: (n, ...)
-        :return: Their values in eval mode (n,)
-        """
+        """The observations' values in eval mode (n,)."""
         self.policy.set_training_mode(False)
-        parts = in_order(size(observations), 4 * self.batch_size)  # without a graph they take less memory
-        values = [self.policy.predict_values(take(observations, index)).flatten() for index in parts]
+        indices = th.arange(size(observations), device="cpu").split(4 * self.batch_size)  # without a graph: less memory
+        values = [self.policy.predict_values(take(observations, index)).flatten() for index in indices]
         return finite("critic's value", th.cat(values))
 
     @th.no_grad()
     def log_prob(self, rollout: Rollout) -> th.Tensor:
-        """
-        :param rollout: The rollout
-        :return: log pi(a_t|s_t) in eval mode (N,)
-        """
+        """log pi(a_t|s_t) in eval mode (N,)."""
         self.policy.set_training_mode(False)
-        log_probs = [self._evaluate(rollout, index)[0] for index in in_order(len(rollout), 4 * self.batch_size)]
-        return finite("actor's output", th.cat(log_probs))
+        indices = th.arange(len(rollout), device="cpu").split(4 * self.batch_size)
+        return finite("actor's output", th.cat([self._evaluate(rollout, index)[0] for index in indices]))
 
     def improve_actor(self, rollout: Rollout, weights: th.Tensor) -> ActorPass:
         """
-        The leader: one pass of PPO's steps with these weights for advantages, unless ``target_kl`` ends it.
+        The leader: one pass of PPO's steps with the weights W (N,) for advantages, unless ``target_kl`` ends it.
 
-        :param rollout: The rollout
-        :param weights: W (N,)
-        :return: What happened
         :raises FloatingPointError: Before a step along a gradient that is not finite
         """
         self.policy.set_training_mode(True)
@@ -140,9 +111,8 @@ class TorchEngine:
                     "loss": loss.detach(),
                 }
             rows.append(row)
-            approx_kl = float(row["approx_kl"])
             finite("actor's gradient", norm)
-            if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
+            if self.target_kl is not None and float(row["approx_kl"]) > 1.5 * self.target_kl:
                 stopped = True
                 break
             with _fused(self.policy.optimizer):
@@ -152,12 +122,7 @@ class TorchEngine:
         return ActorPass(stats, stopped)
 
     def jacobian(self, rollout: Rollout, parameters: list[nn.Parameter], generator: th.Generator) -> Jacobian:
-        """
-        :param rollout: The rollout
-        :param parameters: The critic's trainable parameters
-        :param generator: Source of what it draws
-        :return: The critic's Jacobian at the rollout's observations
-        """
+        """The critic's Jacobian at the rollout's observations, by its trainable parameters."""
         observations = rollout.observations
         return make_jacobian(
             self.policy, generator, lambda index: take(observations, index), size(observations), len(rollout), parameters,

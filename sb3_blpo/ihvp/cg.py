@@ -1,12 +1,15 @@
 """Conjugate gradients on H + alpha I, with the Nyström inverse as a preconditioner where wanted."""
 
+from dataclasses import dataclass
+
 import torch as th
 
 from sb3_blpo.curvature import GaussNewton
-from sb3_blpo.ihvp.base import Solution, Solver
+from sb3_blpo.ihvp.dense import Solution, Solver
 from sb3_blpo.ihvp.nystrom import Nystrom
 
 
+@dataclass
 class ConjugateGradient(Solver):
     """
     Preconditioned conjugate gradients from zero (Hestenes & Stiefel, 1952).
@@ -19,10 +22,9 @@ class ConjugateGradient(Solver):
     :param preconditioner: Its inverse approximates that of H + alpha I; ``None``: plain CG
     """
 
-    def __init__(self, max_iter: int, tol: float, preconditioner: Nystrom | None = None) -> None:
-        self.max_iter = max_iter
-        self.tol = tol
-        self.preconditioner = preconditioner
+    max_iter: int
+    tol: float
+    preconditioner: Nystrom | None = None
 
     def solve(self, system: GaussNewton, generator: th.Generator) -> Solution:
         v = th.zeros_like(system.g)

@@ -1,28 +1,17 @@
 """Nyström approximation of the inverse (Hataya & Yamada, AISTATS 2023, arXiv 2302.09726)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch as th
 
 from sb3_blpo.curvature import GaussNewton
-from sb3_blpo.ihvp.base import Solution, Solver, solve_dense
+from sb3_blpo.ihvp.dense import Solution, Solver, solve_dense
 from sb3_blpo.jacobian import Jacobian
 from sb3_blpo.rows import Rows
 
 
-class Inverse(NamedTuple):
-    """
-    An approximate inverse of H + alpha I.
-
-    :param apply: The map v -> (H_Q + alpha I)^-1 v
-    :param ok: Whether the factorisation behind it succeeded; where not, the map means nothing ()
-    """
-
-    apply: Callable[[th.Tensor], th.Tensor]
-    ok: th.Tensor
-
-
+@dataclass
 class Nystrom(Solver):
     """
     Replace H by a Nyström approximation of low rank, in one of two ways.
@@ -42,15 +31,14 @@ class Nystrom(Solver):
         (Frangella, Tropp & Udell, 2023)
     """
 
-    def __init__(self, rank: int, sketch: str) -> None:
-        self.rank = rank
-        self.sketch = sketch
+    rank: int
+    sketch: str
 
     def solve(self, system: GaussNewton, generator: th.Generator) -> Solution:
         if self.sketch != "values":
-            inverse = self.inverse(system, generator)
-            v = inverse.apply(system.g)
-            return Solution(v, inverse.ok & v.isfinite().all())
+            inverse, ok = self.inverse(system, generator)
+            v = inverse(system.g)
+            return Solution(v, ok & v.isfinite().all())
         jacobian, g = system.jacobian, system.g
         S = jacobian.at(self._sample(jacobian, generator))
         if system.semidefinite:
@@ -74,20 +62,13 @@ class Nystrom(Solver):
         within = th.rand(k, generator=generator, dtype=th.float64, device="cpu")
         return ((th.arange(k, device="cpu") + within) * (n / max(k, 1))).long().clamp(max=n - 1)
 
-    def inverse(self, system: GaussNewton, generator: th.Generator) -> Inverse:
-        """
-        :param system: H and alpha
-        :param generator: Source of the sketch
-        :return: The approximate inverse of H + alpha I
-        """
+    def inverse(self, system: GaussNewton, generator: th.Generator) -> tuple[Callable[[th.Tensor], th.Tensor], th.Tensor]:
+        """The map v -> (H_Q + alpha I)^-1 v, and whether its factorisation succeeded."""
         C, M = self._sketch(system, generator)
         split = _semidefinite_inverse if system.semidefinite else _indefinite_inverse
         T, W_inverse, ok = split(C, M.double(), system.alpha)
 
-        def apply(v: th.Tensor) -> th.Tensor:
-            return (v - T @ (W_inverse @ (T.T @ v))) / system.alpha
-
-        return Inverse(apply, ok)
+        return lambda v: (v - T @ (W_inverse @ (T.T @ v))) / system.alpha, ok
 
     def _sketch(self, system: GaussNewton, generator: th.Generator) -> tuple[th.Tensor, th.Tensor]:
         """C = H Omega (n_params, k) and M = Omega^T C (k, k)."""
@@ -108,8 +89,7 @@ class Nystrom(Solver):
 
 def _matrix(rows: Rows, like: th.Tensor) -> th.Tensor:
     """Form some rows of J (k, n_params)."""
-    k = len(rows.squared_norms())
-    return th.stack([rows.Jt_w(unit) for unit in th.eye(k, dtype=like.dtype, device=like.device)])
+    return th.stack([rows.Jt_w(unit) for unit in th.eye(len(rows), dtype=like.dtype, device=like.device)])
 
 
 def _H_times(system: GaussNewton, vectors: th.Tensor) -> th.Tensor:

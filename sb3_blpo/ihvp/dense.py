@@ -1,12 +1,33 @@
-"""Dense solve: the yardstick for every other solver."""
+"""What every solver takes and gives, and the dense solve: the yardstick for the others."""
+
+from typing import NamedTuple, Protocol
 
 import torch as th
 
 from sb3_blpo.curvature import GaussNewton
-from sb3_blpo.ihvp.base import Solution, Solver, solve_dense
 
 #: Largest dense matrix: of so many states for the Gauss-Newton matrix, of so many parameters for the Hessian
 MAX_DENSE = 5000
+
+
+class Solution(NamedTuple):
+    """An approximate solution v (n_params,), which means nothing where the solve was not ``ok``, a tensor ()."""
+
+    v: th.Tensor
+    ok: th.Tensor
+
+
+class Solver(Protocol):
+    def solve(self, system: GaussNewton, generator: th.Generator) -> Solution:
+        """Solve (H + alpha I) v = g. Everything random comes from the generator, which is on the CPU. Never raises."""
+        ...
+
+
+def solve_dense(A: th.Tensor, b: th.Tensor) -> Solution:
+    """Solve A x = b, A (k, k) and x in float64."""
+    x, info = th.linalg.solve_ex(A, b.double())
+    # An infinite pivot gives a finite x
+    return Solution(x, (info == 0) & (A.sum() + x.sum()).isfinite())
 
 
 class Exact(Solver):
@@ -22,7 +43,7 @@ class Exact(Solver):
             A.diagonal().add_(alpha)
             solution = solve_dense(A, g)
             return Solution(solution.v.to(g.dtype), solution.ok)
-        J = jacobian.at(jacobian.loss_states)
+        J = jacobian.at(jacobian.curvature_states)
         K = J.gram(J).double()
         K.diagonal().add_(alpha / system.scale)
         x, ok = solve_dense(K, J.J_v(g))
