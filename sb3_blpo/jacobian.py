@@ -6,6 +6,7 @@ J is never held as a whole. For a critic made of Linear and Conv2d layers all pr
 signals: :class:`LayerJacobian`. For any other critic the rows of some random states are formed: :class:`SampledJacobian`.
 """
 
+import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -94,6 +95,22 @@ class Jacobian(ABC):
         )
         return flatten(gradients)
 
+    def are_right(self, rows: Callable[[th.Tensor], Rows]) -> bool:
+        """
+        Whether a few rows are what automatic differentiation gives; not so where a layer is called twice, weights are used in
+        another way than by their module, or values depend on one another's observations.
+        """
+        index = th.linspace(0, self.n_observations - 1, min(self.n_observations, 16), device="cpu").long()
+        values = self._values(index)
+        w = th.linspace(1, 2, len(index), device="cpu").to(values)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        exact, given = self._differentiate(values, w), rows(index).Jt_w(w)
+        for one, true in zip(given.split(sizes), exact.split(sizes), strict=True):
+            # Far above rounding; what is not finite says nothing about the rows
+            if th.linalg.vector_norm(one - true) > 0.01 * th.linalg.vector_norm(true) + 1e-6 * exact.abs().max():
+                return False
+        return True
+
 
 class LayerJacobian(Jacobian):
     """
@@ -149,25 +166,6 @@ class LayerJacobian(Jacobian):
             parts.append(conv_rows(layer, h, delta) if isinstance(layer, nn.Conv2d) else LinearRows(h, delta, bias))
         return AllLayers(parts, self.sizes)
 
-    def is_right(self) -> bool:
-        """
-        Whether what the layers give for a few rows is what automatic differentiation gives; not so where a layer is called
-        twice, or its weights are used in another way, or values depend on one another's observations.
-        """
-        index = th.linspace(0, self.n_observations - 1, min(self.n_observations, 16), device="cpu").long()
-        try:
-            rows = self.at(index)
-        except RuntimeError:
-            return False
-        values = self._values(index)
-        w = th.linspace(1, 2, len(index), device="cpu").to(values)
-        exact = self._differentiate(values, w).split(self.sizes)
-        for given, true in zip(rows.Jt_w(w).split(self.sizes), exact, strict=True):
-            # Far above rounding; what is not finite says nothing about the layers
-            if th.linalg.vector_norm(given - true) > 0.01 * th.linalg.vector_norm(true) + 1e-6 * flatten(exact).abs().max():
-                return False
-        return True
-
 
 class SampledJacobian(Jacobian):
     """
@@ -181,39 +179,52 @@ class SampledJacobian(Jacobian):
         self._named = {names[id(parameter)]: parameter.detach() for parameter in self.parameters}
         n = min(MAX_SAMPLED_ROWS, max(1, MAX_SAMPLED_BYTES // (4 * self.n_params)), self.n_states)
         self.curvature_states = th.randperm(self.n_states, generator=generator, device="cpu")[:n].sort().values
+        self._vectorises = self._can_vectorise()
         self._rows = self.at(self.curvature_states)
+
+    def _can_vectorise(self) -> bool:
+        try:
+            return self.are_right(self._at_once)
+        except th.OutOfMemoryError:
+            raise
+        except Exception:  # GRU, checkpointing, an old-style autograd.Function and others
+            return False
 
     def chunks(self) -> Iterable[Rows]:
         return [self._rows]
 
     def at(self, index: th.Tensor) -> Rows:
+        if self._vectorises:
+            return self._at_once(index)
+        one = th.ones(1, dtype=self.parameters[0].dtype, device=self.parameters[0].device)
+        return FormedRows(th.stack([self._differentiate(self._values(i), one) for i in index.split(1)]))
+
+    def _at_once(self, index: th.Tensor) -> Rows:
         def value(parameters: dict[str, th.Tensor], observation: Any) -> th.Tensor:
             one = tree_map(lambda obs: obs[None], observation)
             return functional_call(self.critic, parameters, (one,))[0]
 
-        try:
-            rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(self._named, self.take(index))
-            return FormedRows(th.cat([part.flatten(1) for part in rows.values()], dim=1))
-        except th.OutOfMemoryError:
-            raise
-        except Exception:  # GRU, checkpointing, an old-style autograd.Function and others: one by one
-            one = th.ones(1, dtype=self.parameters[0].dtype, device=self.parameters[0].device)
-            return FormedRows(th.stack([self._differentiate(self._values(i), one) for i in index.split(1)]))
+        rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(self._named, self.take(index))
+        return FormedRows(th.cat([part.flatten(1) for part in rows.values()], dim=1))
 
     @th.no_grad()
     def to_values(self, v: th.Tensor) -> th.Tensor:
-        # A central difference: what serves every critic. The step balances its error and rounding
-        scale = 1 + th.linalg.vector_norm(flatten([*self._named.values()]))
+        # A central difference: what serves every critic, in place for those that keep their weights elsewhere as well. The
+        # step balances its error and rounding
+        before = [parameter.clone() for parameter in self.parameters]
+        scale = 1 + th.linalg.vector_norm(flatten(before))
         step = th.finfo(v.dtype).eps ** (1 / 3) * scale / th.linalg.vector_norm(v).clamp_min(th.finfo(v.dtype).tiny)
-        parts = v.split([parameter.numel() for parameter in self.parameters])
+        parts = v.split([parameter.numel() for parameter in before])
         values = []
-        for change in (step, -step):
-            moved = {
-                name: (start + change * part.view_as(start)).to(start.dtype)
-                for (name, start), part in zip(self._named.items(), parts, strict=True)
-            }
-            indices = th.arange(self.n_states, device="cpu").split(self.batch_size)
-            values.append(th.cat([functional_call(self.critic, moved, (self.take(index),)) for index in indices]))
+        try:
+            for change in (step, -step):
+                for parameter, start, part in zip(self.parameters, before, parts, strict=True):
+                    parameter.copy_(start + change * part.view_as(start))
+                indices = th.arange(self.n_states, device="cpu").split(self.batch_size)
+                values.append(th.cat([self.critic(self.take(index)) for index in indices]))
+        finally:
+            for parameter, start in zip(self.parameters, before, strict=True):
+                parameter.copy_(start)
         return (values[0] - values[1]) / (2 * step)
 
 
@@ -239,6 +250,7 @@ def make_jacobian(policy: Any, generator: th.Generator, *arguments: Any) -> Jaco
     layers = layers_of(critic, parameters)
     if layers is not None:
         jacobian = LayerJacobian(layers, critic, *arguments)
-        if jacobian.is_right():
-            return jacobian
+        with contextlib.suppress(RuntimeError):  # a layer is not called once
+            if jacobian.are_right(jacobian.at):
+                return jacobian
     return SampledJacobian(generator, critic, *arguments)
