@@ -33,11 +33,11 @@ conformance: $(INSTALLED)
 # RL Zoo's commands (but push_to_hub, broken upstream), with the packages that only plots and tracking need
 zoo: $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[envs,dev,plots]' wandb
-	$(BIN)/python -m pytest tests/test_zoo.py tests/test_zoo_commands.py
+	$(BIN)/python -m pytest tests/zoo
 
 # 1000 random faults, 500 random configurations
 fuzz: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --hypothesis-profile fuzz tests/test_random_faults.py tests/test_fuzz.py
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile fuzz tests/faults/test_random_faults.py tests/faults/test_fuzz.py
 
 # Millions of steps: no NaN, memory flat. More than two hours; a killed run goes on where it was
 soak: $(INSTALLED)
@@ -46,7 +46,7 @@ soak: $(INSTALLED)
 # Small changes to the numerics, one at a time: does the module's own test file notice?
 mutation: $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt mutmut
-	$(BIN)/python tests/mutation.py
+	$(BIN)/python tests/definition/mutation.py
 
 # Returns beside PPO's, 5 seeds of 6 tasks. 4 to 10 core-hours; a killed run goes on where it was
 results: $(INSTALLED)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sb3_tests import sb3_tests
 
-PLUGIN = Path(__file__).parent / "conformance"
+PLUGIN = Path(__file__).parent
 
 # In the manner of SB3's tests. NAME is replaced
 SUITE = """

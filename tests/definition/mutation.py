@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TARGET = 0.9
 #: Module or package, without suffix, and the test files that it answers to
 OWN_TESTS = {
@@ -44,7 +44,7 @@ def check(module: str) -> dict[str, int]:
     shutil.rmtree(copy, ignore_errors=True)
     for folder in ("sb3_blpo", "tests", "benchmarks"):
         shutil.copytree(ROOT / folder, copy / folder)
-    settings = SETTINGS.format(module=module, tests=[f"tests/test_{name}.py" for name in OWN_TESTS[module]])
+    settings = SETTINGS.format(module=module, tests=[f"tests/definition/test_{name}.py" for name in OWN_TESTS[module]])
     (copy / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
     mutmut = Path(sys.executable).with_name("mutmut")
     with (copy / "mutmut.log").open("w") as log:

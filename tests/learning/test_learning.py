@@ -64,7 +64,7 @@ def test_cartpole_is_solved(seed: int) -> None:
 
 @pytest.mark.slow
 def test_first_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     example = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
     assert example is not None
     monkeypatch.chdir(tmp_path)

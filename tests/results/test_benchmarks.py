@@ -27,7 +27,7 @@ from sb3_blpo.curvature import GaussNewton
 from sb3_blpo.engines import TorchEngine
 from sb3_blpo.zoo import default_hyperparams
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {"n_envs": 2, "n_steps": 32, "batch_size": 32, "n_epochs": 1}
 
 pytestmark = pytest.mark.benchmarks
