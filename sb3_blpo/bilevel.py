@@ -317,3 +317,10 @@ class Bilevel(OnPolicyAlgorithm):
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may go beyond the total, and a linear schedule would then end in a negative rate
         super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, tensors = super()._get_torch_save_params()
+        return [*state_dicts, "critic_optimizer"], tensors
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_former_rollouts", "_truncations", "_before_noise", "engine_in_use"]

@@ -218,10 +218,3 @@ class BLPO(Bilevel):
         except Exception:
             super().set_parameters(cast(TensorDict, before))
             raise
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, "critic_optimizer"], tensors
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_former_rollouts", "_truncations", "_before_noise", "engine_in_use"]

@@ -84,7 +84,9 @@ class Jacobian(ABC):
         return total
 
     def _values(self, index: th.Tensor) -> th.Tensor:
-        with th.enable_grad():
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.critic.modules())
+        # cuDNN's recurrent layers have no backward pass in eval mode
+        with th.enable_grad(), th.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext():
             return self.critic(self.take(index))
 
     def _differentiate(self, outputs: th.Tensor, weights: th.Tensor, create_graph: bool = False) -> th.Tensor:
@@ -146,6 +148,8 @@ class LayerJacobian(Jacobian):
 
         def see(layer: nn.Module, inputs: tuple[th.Tensor], output: th.Tensor) -> None:
             # The edge stays where it is if the output is changed in place. Users' threads may call the critic meanwhile
+            if not inputs:
+                raise RuntimeError(f"{layer} is called by keyword.")
             if threading.get_ident() == thread:
                 seen[layer].append((inputs[0].detach(), get_gradient_edge(output)))
 
@@ -250,7 +254,11 @@ def make_jacobian(policy: Any, generator: th.Generator, *arguments: Any) -> Jaco
     layers = layers_of(critic, parameters)
     if layers is not None:
         jacobian = LayerJacobian(layers, critic, *arguments)
-        with contextlib.suppress(RuntimeError):  # a layer is not called once
+        try:
             if jacobian.are_right(jacobian.at):
                 return jacobian
+        except th.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a layer is not called once, or by keyword
+            pass
     return SampledJacobian(generator, critic, *arguments)

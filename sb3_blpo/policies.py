@@ -21,9 +21,10 @@ class MlpPolicy(ActorCriticPolicy):
     acting: Callable[[PyTorchObs], tuple[th.Tensor, th.Tensor, th.Tensor]] | None = None
 
     def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        if self.acting is None or deterministic or th.is_grad_enabled():
+        acting = self.acting  # another thread may end it
+        if acting is None or deterministic or th.is_grad_enabled():
             return super().forward(obs, deterministic)
-        return self.acting(obs)
+        return acting(obs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "acting": None}  # copies act for themselves
@@ -48,6 +49,11 @@ def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:
     known: dict[int, Any] = {id(parameter): parameter for parameter in policy.parameters()}
     critic_optimizer = copy.deepcopy(policy.optimizer, known)
     for optimizer, own in ((policy.optimizer, actor), (critic_optimizer, critic)):
+        # Adagrad and others have state from the start
+        state = {copies.get(id(p), p): copy.deepcopy(optimizer.state[p]) for p in optimizer.state}
+        state = optimizer.state | state
+        optimizer.state.clear()
+        optimizer.state.update({p: entries for p, entries in state.items() if id(p) in own})
         for group in optimizer.param_groups:
             twins = [copies[id(p)] for p in group["params"] if id(p) in copies]
             group["params"] = [p for p in group["params"] + twins if id(p) in own]

@@ -101,6 +101,8 @@ def acting(policy: MlpPolicy) -> Iterator[None]:
     """
     with one_blas_thread():
         policy.acting = CompiledActing(policy)
+        # What SB3 leaves there at each step: an old one would mislead callbacks
+        policy.action_dist.distribution = None  # type: ignore[assignment]
         try:
             yield
         finally:

@@ -156,6 +156,7 @@ def _fused(optimizer: th.optim.Optimizer) -> Iterator[None]:
     """
     groups = [group for group in optimizer.param_groups if {"fused", "foreach"} <= group.keys()]
     groups = [group for group in groups if group["fused"] is None and group["foreach"] is None and th.get_num_threads() == 1]
+    groups = [group for group in groups if all(parameter.device.type == "cpu" for parameter in group["params"])]
     for group in groups:
         group["fused"] = True
     try:
