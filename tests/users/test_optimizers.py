@@ -193,3 +193,12 @@ def test_another_optimizer_of_the_same_parameters() -> None:
     names = {name for name, _ in model.policy.named_parameters()}
     assert changed(model, lambda: model.learn(16)) == names
     assert model.policy.optimizer.param_groups[0]["lr"] == logged(model)["learning_rate"]
+
+
+def test_an_optimizer_that_has_state_from_the_start() -> None:
+    """The critic's copy of the extractor, too."""
+    policy_kwargs = {"optimizer_class": th.optim.Adagrad, "features_extractor_class": Encoder, "net_arch": [8]}
+    model = small(policy_kwargs=policy_kwargs)
+    assert changed(model, lambda: model.learn(16)) == {name for name, _ in model.policy.named_parameters()}
+    model.save(file := io.BytesIO())
+    BLPO.load(file, env=SpaceEnv(), device="cpu").learn(16)

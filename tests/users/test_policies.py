@@ -421,3 +421,15 @@ def test_values_by_which_a_policy_acts_and_by_which_it_is_trained():
 
     with pytest.warns(UserWarning, match="`forward` and `predict_values` of Scaled give different values"):
         small(Scaled)
+
+
+def test_a_layer_that_is_called_by_keyword():
+    class ByKeyword(BaseFeaturesExtractor):
+        def __init__(self, space):
+            super().__init__(space, 5)
+            self.net = nn.Linear(3, 5)
+
+        def forward(self, observations):
+            return th.tanh(self.net(input=observations))
+
+    assert logged(small(policy_kwargs={"features_extractor_class": ByKeyword}).learn(16))["correction_skipped"] == 0
