@@ -45,19 +45,20 @@ def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:
             )
     copies = _unshare_features_extractor(policy)
     actor, critic = _split(policy)
+    optimizer = policy.optimizer
+    for group in optimizer.param_groups:
+        group["params"] += [copies[id(p)] for p in group["params"] if id(p) in copies]
+        group["has_own_lr"] = group["lr"] != optimizer.defaults["lr"]
+    for original in [p for p in optimizer.state if id(p) in copies]:  # Adagrad and others have state from the start
+        optimizer.state[copies[id(original)]] = copy.deepcopy(optimizer.state[original])
     # A copy of the optimizer as it is, of whatever class, for the same parameters
     known: dict[int, Any] = {id(parameter): parameter for parameter in policy.parameters()}
-    critic_optimizer = copy.deepcopy(policy.optimizer, known)
-    for optimizer, own in ((policy.optimizer, actor), (critic_optimizer, critic)):
-        # Adagrad and others have state from the start
-        state = {copies.get(id(p), p): copy.deepcopy(optimizer.state[p]) for p in optimizer.state}
-        state = optimizer.state | state
-        optimizer.state.clear()
-        optimizer.state.update({p: entries for p, entries in state.items() if id(p) in own})
-        for group in optimizer.param_groups:
-            twins = [copies[id(p)] for p in group["params"] if id(p) in copies]
-            group["params"] = [p for p in group["params"] + twins if id(p) in own]
-            group["has_own_lr"] = group["lr"] != optimizer.defaults["lr"]
+    critic_optimizer = copy.deepcopy(optimizer, known)
+    for each, own in ((optimizer, actor), (critic_optimizer, critic)):
+        for group in each.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in own]
+        for other in [p for p in each.state if id(p) not in own]:
+            del each.state[other]
     return critic_optimizer
 
 

@@ -90,32 +90,32 @@ class TorchEngine:
         self.policy.set_training_mode(True)
         rows: list[dict[str, th.Tensor]] = []
         stopped = False
-        for index in minibatches(len(rollout), self.batch_size):
-            log_prob, entropy = self._evaluate(rollout, index)
-            log_ratio = log_prob - rollout.old_log_prob[index]
-            ratio = log_ratio.exp()
-            W = weights[index]
-            policy_loss = -th.min(ratio * W, ratio.clamp(1 - self.clip_range, 1 + self.clip_range) * W).mean()
-            entropy_loss = -(-log_prob if entropy is None else entropy).mean()
-            loss = policy_loss + self.ent_coef * entropy_loss
-            if self.actor_parameters:  # not all of the actor is frozen
-                _backward(loss, self.actor_parameters)
-            norm = th.nn.utils.clip_grad_norm_(self.actor_parameters, self.max_grad_norm)
-            with th.no_grad():
-                change = ratio - 1
-                row = {
-                    "approx_kl": (change - log_ratio).mean(),
-                    "clip_fraction": (change.abs() > self.clip_range).float().mean(),
-                    "policy_gradient_loss": policy_loss.detach(),
-                    "entropy_loss": entropy_loss.detach(),
-                    "loss": loss.detach(),
-                }
-            rows.append(row)
-            finite("actor's gradient", norm)
-            if self.target_kl is not None and float(row["approx_kl"]) > 1.5 * self.target_kl:
-                stopped = True
-                break
-            with _fused(self.policy.optimizer):
+        with _fused(self.policy.optimizer):
+            for index in minibatches(len(rollout), self.batch_size):
+                log_prob, entropy = self._evaluate(rollout, index)
+                log_ratio = log_prob - rollout.old_log_prob[index]
+                ratio = log_ratio.exp()
+                W = weights[index]
+                policy_loss = -th.min(ratio * W, ratio.clamp(1 - self.clip_range, 1 + self.clip_range) * W).mean()
+                entropy_loss = -(-log_prob if entropy is None else entropy).mean()
+                loss = policy_loss + self.ent_coef * entropy_loss
+                if self.actor_parameters:  # not all of the actor is frozen
+                    _backward(loss, self.actor_parameters)
+                norm = th.nn.utils.clip_grad_norm_(self.actor_parameters, self.max_grad_norm)
+                with th.no_grad():
+                    change = ratio - 1
+                    row = {
+                        "approx_kl": (change - log_ratio).mean(),
+                        "clip_fraction": (change.abs() > self.clip_range).float().mean(),
+                        "policy_gradient_loss": policy_loss.detach(),
+                        "entropy_loss": entropy_loss.detach(),
+                        "loss": loss.detach(),
+                    }
+                rows.append(row)
+                finite("actor's gradient", norm)
+                if self.target_kl is not None and float(row["approx_kl"]) > 1.5 * self.target_kl:
+                    stopped = True
+                    break
                 self.policy.optimizer.step()
         table = th.stack([th.stack([*row.values()]).float() for row in rows])
         stats = dict(zip(rows[0], table.mean(dim=0).tolist(), strict=True)) | {"loss": float(table[-1, -1])}

@@ -50,7 +50,9 @@ def freeze(model: BLPO) -> None:
 def two_groups(model: BLPO) -> None:
     group = model.policy.optimizer.param_groups[0]
     last = group["params"].pop()
-    model.policy.optimizer.add_param_group({**group, "params": [last], "eps": 1e-3, "betas": (0.5, 0.9), "lr_scale": 0.1})
+    model.policy.optimizer.add_param_group(
+        {**group, "params": [last], "eps": 1e-3, "betas": (0.5, 0.9), "lr": 1e-4, "has_own_lr": True}
+    )
 
 
 ADAMW: dict[str, Any] = {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1}}
