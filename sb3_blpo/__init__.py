@@ -3,11 +3,11 @@
 from importlib.metadata import version
 
 from stable_baselines3.common.policies import ActorCriticCnnPolicy as CnnPolicy
-from stable_baselines3.common.policies import MultiInputActorCriticPolicy as MultiInputPolicy
 
 from sb3_blpo.blpo import BLPO
-from sb3_blpo.policies import MlpPolicy
+from sb3_blpo.maskable import MaskableBLPO
+from sb3_blpo.policies import MlpPolicy, MultiInputPolicy
 
 __version__ = version("sb3_blpo")
 
-__all__ = ["BLPO", "CnnPolicy", "MlpPolicy", "MultiInputPolicy", "__version__"]
+__all__ = ["BLPO", "CnnPolicy", "MaskableBLPO", "MlpPolicy", "MultiInputPolicy", "__version__"]

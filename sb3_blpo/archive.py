@@ -1,6 +1,7 @@
 """The zip that a model is saved in: there as a whole or not at all, and recognised before anything in it is unpickled."""
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -8,11 +9,16 @@ import secrets
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from stable_baselines3.common.save_util import open_path
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file, open_path
+from stable_baselines3.common.type_aliases import GymEnv, TensorDict
+
+SelfArchived = TypeVar("SelfArchived", bound="Archived")
 
 
 @contextlib.contextmanager
@@ -82,3 +88,52 @@ def check_saved_by_blpo(path: str | Path | io.BufferedIOBase) -> None:
             f"`{path}` was saved by the unreleased first edition of BLPO, whose optimizers and arguments are others: train "
             "the model anew."
         )
+
+
+class Archived(BaseAlgorithm):
+    """How BLPO and its siblings are saved and loaded: with the optimizers of both levels, and as a whole or not at all."""
+
+    @classmethod
+    def load(
+        cls: type[SelfArchived],
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfArchived:
+        """
+        As SB3's, but a file that is no zip, damaged, or not from BLPO is refused before anything in it is unpickled. For exact
+        continuation see :func:`sb3_blpo.resume.resume`.
+        """
+        check_saved_by_blpo(path)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """As SB3's, but a file is replaced when the new one is complete, so that a crash leaves the one or the other."""
+        with atomic_file(path) if isinstance(path, str | Path) else contextlib.nullcontext(path) as file:
+            super().save(file, exclude, include)
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """As SB3's, but what is damaged or not BLPO's is refused, and where loading fails, the model is as it was before."""
+        params: Any = load_path_or_dict
+        if not isinstance(params, dict):
+            check_saved_by_blpo(params)
+            params = load_from_zip_file(params, device=device, load_data=False)[1]
+        if exact_match and "policy" in params and "critic_optimizer" not in params:
+            raise foreign("These parameters were")
+        before = copy.deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(params, exact_match, device)
+        except Exception:
+            super().set_parameters(cast(TensorDict, before))
+            raise

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -16,6 +16,7 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_blpo.archive import Archived
 from sb3_blpo.checks import WrongArgument, as_schedule, check_arguments, check_finite, finite, scheduled
 from sb3_blpo.engines import ActorPass, TorchEngine, compiled_acting, make_engine
 from sb3_blpo.ihvp import MAX_DENSE, make_solver
@@ -43,11 +44,14 @@ class Epoch(NamedTuple):
     actor_pass: ActorPass
 
 
-class Bilevel(OnPolicyAlgorithm):
+class Bilevel(Archived, OnPolicyAlgorithm):
     """
     What BLPO does with a rollout, for SB3's collecting or that of another on-policy algorithm. A class that inherits from it
-    sets the arguments that are named here in its constructor, before ``_setup_model()``.
+    ends its constructor with ``_init_bilevel()``.
     """
+
+    #: Arrays of the rollout buffer that the actor sees beside the observations, by their argument of the policy's methods
+    actor_inputs: ClassVar[tuple[str, ...]] = ()
 
     critic_learning_rate: float | Schedule | None
     batch_size: int
@@ -73,10 +77,27 @@ class Bilevel(OnPolicyAlgorithm):
     #: States of torch's generators before a rollout's first noise (gSDE) was drawn, for `ResumableCheckpoint`
     _before_noise: dict[str, Any]
 
+    def _init_bilevel(self, set_up: bool, **arguments: Any) -> None:
+        """
+        :param set_up: Whether to build the networks
+        :param arguments: BLPO's, those that the class which collects the rollouts does not have
+        """
+        for name, value in arguments.items():
+            setattr(self, name, value)
+        if set_up:
+            self._setup_model()
+        if self.vf_coef != 0.5:
+            warnings.warn(
+                f"`vf_coef`={self.vf_coef} has no effect: BLPO's critic has a loss of its own. Its step is set by "
+                "`critic_learning_rate`.",
+                stacklevel=3,
+            )
+
     def _setup_model(self) -> None:
         check_arguments(self)
-        super()._setup_model()
         self.clip_range = as_schedule("clip_range", self.clip_range)
+        scheduled("ent_coef", self.ent_coef, 1.0)
+        super()._setup_model()
         self.critic_optimizer = separate(self.policy)
         self._former_rollouts, self._truncations, self._before_noise = [], [], {}
         self._check_sizes()
@@ -215,7 +236,7 @@ class Bilevel(OnPolicyAlgorithm):
             raise ValueError(
                 f"The rollout buffer holds {buffer.pos} of {buffer.buffer_size} steps: `learn` collects a rollout."
             )
-        return Rollout.of(buffer, self._last_obs, self._last_episode_starts, self._truncations, self.device)
+        return Rollout.of(buffer, self._last_obs, self._last_episode_starts, self._truncations, self.device, self.actor_inputs)
 
     def _engine(self) -> TorchEngine:
         """Set both optimizers' rates, log them, and hand the networks to an engine."""
@@ -230,8 +251,10 @@ class Bilevel(OnPolicyAlgorithm):
         set_learning_rate(self.critic_optimizer, critic_learning_rate)
         self.logger.record("train/learning_rate", learning_rate)
         self.logger.record("train/critic_learning_rate", critic_learning_rate)
+        ent_coef = scheduled("ent_coef", self.ent_coef, progress)
+        self.logger.record("train/ent_coef", ent_coef)
         engine, in_use = make_engine(
-            self.engine, self.policy, self.critic_optimizer, batch_size=int(self.batch_size), ent_coef=self.ent_coef,
+            self.engine, self.policy, self.critic_optimizer, batch_size=int(self.batch_size), ent_coef=ent_coef,
             clip_range=scheduled("clip_range", self.clip_range, progress), max_grad_norm=self.max_grad_norm,
             target_kl=self.target_kl,
         )  # fmt: skip

@@ -1,23 +1,18 @@
 """BLPO: Bilevel Policy Optimization with Nyström Hypergradients."""
 
-import contextlib
-import copy
-import io
-import pathlib
 import warnings
-from collections.abc import Iterable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.maskable.utils import is_masking_supported
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, BasePolicy, MultiInputActorCriticPolicy
-from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from sb3_blpo.archive import atomic_file, check_saved_by_blpo, foreign
 from sb3_blpo.bilevel import Bilevel
-from sb3_blpo.policies import MlpPolicy
+from sb3_blpo.policies import MlpPolicy, MultiInputPolicy
 
 SelfBLPO = TypeVar("SelfBLPO", bound="BLPO")
 
@@ -47,7 +42,8 @@ class BLPO(Bilevel):
     :param clip_range: Clipping parameter, >= 0, it can be a function of the current progress remaining (from 1 to 0)
     :param clip_range_vf: Must be ``None``: the critic has a loss of its own
     :param normalize_advantage: Whether to normalize the advantages, over the whole rollout
-    :param ent_coef: Entropy coefficient for the actor's loss, >= 0
+    :param ent_coef: Entropy coefficient for the actor's loss, >= 0, it can be a function of the current progress remaining
+        (from 1 to 0)
     :param vf_coef: Weighs the critic's loss in the logged ``train/loss``, and nothing else: the critic has a loss and a rate
         of its own. A warning if it is not PPO's default
     :param max_grad_norm: The maximum norm of the actor's gradient, > 0. The critic's is not clipped
@@ -89,7 +85,7 @@ class BLPO(Bilevel):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": ActorCriticCnnPolicy,
-        "MultiInputPolicy": MultiInputActorCriticPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
     }
 
     def __init__(
@@ -105,7 +101,7 @@ class BLPO(Bilevel):
         clip_range: float | Schedule = 0.2,
         clip_range_vf: None = None,
         normalize_advantage: bool = True,
-        ent_coef: float = 0.0,
+        ent_coef: float | Schedule = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
@@ -131,37 +127,27 @@ class BLPO(Bilevel):
         engine: str = "auto",
     ):
         super().__init__(
-            policy, env, learning_rate=learning_rate, n_steps=n_steps, gamma=gamma, gae_lambda=gae_lambda, ent_coef=ent_coef,
+            policy, env, learning_rate=learning_rate, n_steps=n_steps, gamma=gamma, gae_lambda=gae_lambda, ent_coef=ent_coef,  # type: ignore[arg-type]
             vf_coef=vf_coef, max_grad_norm=max_grad_norm, use_sde=use_sde, sde_sample_freq=sde_sample_freq,
             rollout_buffer_class=rollout_buffer_class, rollout_buffer_kwargs=rollout_buffer_kwargs,
             stats_window_size=stats_window_size, tensorboard_log=tensorboard_log, policy_kwargs=policy_kwargs,
             verbose=verbose, device=device, seed=seed, _init_setup_model=False,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )  # fmt: skip
-        self.batch_size = batch_size
-        self.n_epochs = n_epochs
-        self.clip_range = clip_range
-        self.clip_range_vf = clip_range_vf
-        self.normalize_advantage = normalize_advantage
-        self.target_kl = target_kl
-        self.critic_learning_rate = critic_learning_rate
-        self.n_critic_updates = n_critic_updates
-        self.critic_rollouts = critic_rollouts
-        self.ihvp_solver = ihvp_solver
-        self.ihvp_kwargs = ihvp_kwargs
-        self.ihvp_interval = ihvp_interval
-        self.curvature = curvature
-        self.max_correction_ratio = max_correction_ratio
-        self.engine = engine
+        self._init_bilevel(
+            _init_setup_model, batch_size=batch_size, n_epochs=n_epochs, clip_range=clip_range, clip_range_vf=clip_range_vf,
+            normalize_advantage=normalize_advantage, target_kl=target_kl, critic_learning_rate=critic_learning_rate,
+            n_critic_updates=n_critic_updates, critic_rollouts=critic_rollouts, ihvp_solver=ihvp_solver,
+            ihvp_kwargs=ihvp_kwargs, ihvp_interval=ihvp_interval, curvature=curvature,
+            max_correction_ratio=max_correction_ratio, engine=engine,
+        )  # fmt: skip
 
-        if _init_setup_model:
-            self._setup_model()
-        if vf_coef != 0.5:
-            warnings.warn(
-                f"`vf_coef`={vf_coef} has no effect: BLPO's critic has a loss of its own. Its step is set by "
-                "`critic_learning_rate`.",
-                stacklevel=2,
-            )
+    def _setup_model(self) -> None:
+        if issubclass(self.policy_class, MaskableActorCriticPolicy):
+            raise ValueError(f"`policy`={self.policy_class.__name__} takes action masks: use `MaskableBLPO`.")
+        super()._setup_model()
+        if self.env is not None and is_masking_supported(self.env):
+            warnings.warn("The environment has `action_masks()`, which BLPO ignores: `MaskableBLPO` takes them.", stacklevel=2)
 
     def learn(
         self: SelfBLPO,
@@ -173,48 +159,3 @@ class BLPO(Bilevel):
         progress_bar: bool = False,
     ) -> SelfBLPO:
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
-    @classmethod
-    def load(
-        cls: type[SelfBLPO],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfBLPO:
-        """
-        As SB3's, but a file that is no zip, damaged, or not from BLPO is refused before anything in it is unpickled. For exact
-        continuation see :func:`sb3_blpo.resume.resume`.
-        """
-        check_saved_by_blpo(path)
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """As SB3's, but a file is replaced when the new one is complete, so that a crash leaves the one or the other."""
-        with atomic_file(path) if isinstance(path, str | pathlib.Path) else contextlib.nullcontext(path) as file:
-            super().save(file, exclude, include)
-
-    def set_parameters(
-        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
-    ) -> None:
-        """As SB3's, but what is damaged or not BLPO's is refused, and where loading fails, the model is as it was before."""
-        params: Any = load_path_or_dict
-        if not isinstance(params, dict):
-            check_saved_by_blpo(params)
-            params = load_from_zip_file(params, device=device, load_data=False)[1]
-        if exact_match and "policy" in params and "critic_optimizer" not in params:
-            raise foreign("These parameters were")
-        before = copy.deepcopy(self.get_parameters())
-        try:
-            super().set_parameters(params, exact_match, device)
-        except Exception:
-            super().set_parameters(cast(TensorDict, before))
-            raise

@@ -92,7 +92,7 @@ ARGUMENT_RULES: dict[str, Rule] = {
     "clip_range": RATE,
     "clip_range_vf": Rule("None: the critic has a loss of its own and takes no part in the actor's step", lambda x: x is None),
     "normalize_advantage": Rule("True or False", lambda x: isinstance(x, bool | np.bool_)),
-    "ent_coef": NON_NEGATIVE,
+    "ent_coef": RATE,
     "vf_coef": NON_NEGATIVE,
     "max_grad_norm": POSITIVE,
     "target_kl": or_none(POSITIVE_FINITE),

@@ -3,15 +3,18 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
+
+from sb3_blpo.checks import WrongArgument
 
 
 class MlpPolicy(ActorCriticPolicy):
@@ -28,6 +31,65 @@ class MlpPolicy(ActorCriticPolicy):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "acting": None}  # copies act for themselves
+
+
+class MultiInputPolicy(MultiInputActorCriticPolicy):
+    """
+    SB3's, of which actor and critic may see different parts of a dictionary observation. What the actor does not see is
+    needed for training alone: :meth:`predict` takes the actor's keys.
+
+    :param actor_keys: Keys of the observation that the actor sees; ``None``: all
+    :param critic_keys: Keys of the observation that the critic sees; ``None``: all
+    :param kwargs: Further arguments of SB3's MultiInputPolicy
+    :raises ValueError: If a list of keys is empty, or a key is not the observation's
+    """
+
+    def __init__(
+        self, observation_space: spaces.Dict, action_space: spaces.Space, lr_schedule: Schedule, *args: Any,
+        actor_keys: Sequence[str] | None = None, critic_keys: Sequence[str] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        for name, keys in (("actor_keys", actor_keys), ("critic_keys", critic_keys)):
+            unknown = keys is not None and (isinstance(keys, str) or not keys or not {*keys} <= {*observation_space.spaces})
+            if unknown:
+                raise WrongArgument(
+                    f"`{name}` must be a list of keys of the observation, {', '.join(map(repr, observation_space.spaces))}, "
+                    f"or None, got {keys!r}."
+                )
+        self.actor_keys, self.critic_keys = actor_keys, critic_keys
+        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
+
+    def _build_mlp_extractor(self) -> None:
+        if self.actor_keys is None and self.critic_keys is None:
+            super()._build_mlp_extractor()
+            return
+        # In place of what SB3 has made for all keys
+        self.share_features_extractor = False
+        self.features_extractor = self.pi_features_extractor = self._extractor(self.actor_keys)
+        self.vf_features_extractor = self._extractor(self.critic_keys)
+        actors, critics = (
+            MlpExtractor(extractor.features_dim, self.net_arch, self.activation_fn, self.device)
+            for extractor in (self.pi_features_extractor, self.vf_features_extractor)
+        )
+        self.mlp_extractor = actors
+        actors.value_net, actors.latent_dim_vf = critics.value_net, critics.latent_dim_vf
+
+    def _extractor(self, keys: Sequence[str] | None) -> BaseFeaturesExtractor:
+        space = self.observation_space
+        assert isinstance(space, spaces.Dict)
+        seen = spaces.Dict({key: part for key, part in space.spaces.items() if keys is None or key in keys})
+        return self.features_extractor_class(seen, **self.features_extractor_kwargs)
+
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """As SB3's. Raises ValueError if a key that the actor sees is missing."""
+        space = self.observation_space
+        assert isinstance(space, spaces.Dict)
+        needed = space.spaces if self.actor_keys is None else self.actor_keys
+        if isinstance(observation, dict) and (missing := [key for key in needed if key not in observation]):
+            raise ValueError(f"The observation lacks {', '.join(map(repr, missing))}, which the actor sees.")
+        return super().obs_to_tensor(observation)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | {"actor_keys": self.actor_keys, "critic_keys": self.critic_keys}
 
 
 def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:

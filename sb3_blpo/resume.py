@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from sb3_blpo.archive import atomic_file
-from sb3_blpo.bilevel import torch_generator_states
+from sb3_blpo.bilevel import Bilevel, torch_generator_states
 from sb3_blpo.blpo import BLPO
 from sb3_blpo.checks import POSITIVE, check
 from sb3_blpo.rollout import map_parts
@@ -48,7 +48,7 @@ class ResumableCheckpoint(BaseCallback):
     :raises ValueError: If ``save_freq`` is not allowed, or the callback is inside of one that passes on steps alone
     """
 
-    model: BLPO
+    model: Bilevel
 
     def __init__(self, save_path: str | Path, save_freq: int = 1, reset_env: bool = False, verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -83,7 +83,7 @@ class ResumableCheckpoint(BaseCallback):
             self._save(_generator_states())
 
     def _save(self, generators: dict[str, Any]) -> None:
-        assert isinstance(self.model, BLPO)
+        assert isinstance(self.model, Bilevel)
         seed = None
         if self.reset_env:
             generator = th.Generator().set_state(generators["torch"])  # a copy: training goes on with what it would draw
@@ -113,7 +113,7 @@ class ResumableCheckpoint(BaseCallback):
             print(f"Saving resumable checkpoint to {self.save_path}")
 
 
-def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[BLPO] = BLPO, **kwargs: Any) -> BLPO:
+def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[Bilevel] = BLPO, **kwargs: Any) -> Any:
     """
     Load a checkpoint, its environment and the states of the global generators of Python, NumPy and torch, so that
     ``learn(total - model.num_timesteps, callback, reset_num_timesteps=False)`` continues as if never interrupted. What other
@@ -121,7 +121,7 @@ def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[BL
 
     :param path: The zip of :class:`ResumableCheckpoint`. Its content is unpickled: it must be trusted
     :param env: The environment, made as it was for training, where the checkpoints were made with ``reset_env``; else None
-    :param algorithm_class: Class of the model, if it is a subclass of BLPO
+    :param algorithm_class: Class of the model, if it is not BLPO
     :param kwargs: Further arguments of ``BLPO.load``
     :return: The model
     :raises ValueError: If the file is not such a checkpoint, or of another class, or ``env`` is missing or not needed
@@ -156,7 +156,7 @@ def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[BL
     return model
 
 
-def _restart(model: BLPO, seed: int) -> None:
+def _restart(model: Bilevel, seed: int) -> None:
     """Start new episodes that the seed determines."""
     assert model.env is not None
     model.env.seed(seed)
@@ -182,7 +182,7 @@ class _Pickler(cloudpickle.Pickler):
     the model and its policy, which they may hold for self-play, the names alone.
     """
 
-    def __init__(self, file: io.BytesIO, model: BLPO) -> None:
+    def __init__(self, file: io.BytesIO, model: Bilevel) -> None:
         super().__init__(file)
         self.names = {id(model): "model", id(model.policy): "policy"}
 
@@ -198,7 +198,7 @@ class _Pickler(cloudpickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, pickled: bytes, model: BLPO) -> None:
+    def __init__(self, pickled: bytes, model: Bilevel) -> None:
         super().__init__(io.BytesIO(pickled))
         self.model = model
 
@@ -212,7 +212,7 @@ def _set_attributes(obj: Any, attributes: dict[str, Any]) -> None:
         obj.class_attributes = dict(inspect.getmembers(type(obj)))
 
 
-def _pickled(env: Any, model: BLPO) -> bytes:
+def _pickled(env: Any, model: Bilevel) -> bytes:
     file = io.BytesIO()
     try:
         _Pickler(file, model).dump(env)

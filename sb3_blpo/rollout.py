@@ -5,8 +5,8 @@ SB3's rollout buffer, or the user's, is read once and copied: no forward pass re
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -81,11 +81,14 @@ class Rollout:
     truncated: th.Tensor  # flat indices of the truncated steps (n_truncated,)
     gamma: float
     gae_lambda: float
+    #: What else the actor saw, by its argument of the policy's methods: action masks, each (N, ...)
+    actor_inputs: dict[str, th.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, buffer: RolloutBuffer, last_observation: Any, last_done: np.ndarray, truncations: list[Truncation], device: Any
-    ) -> "Rollout":
+        cls, buffer: RolloutBuffer, last_observation: Any, last_done: np.ndarray, truncations: list[Truncation], device: Any,
+        actor_inputs: Iterable[str] = (),
+    ) -> "Rollout":  # fmt: skip
         """A copy of a full buffer and of what came after its last step. Raises ValueError if anything is not finite."""
         n_steps, n_envs = buffer.buffer_size, buffer.n_envs
 
@@ -115,6 +118,7 @@ class Rollout:
             old_log_prob=tensor(flat(buffer.log_probs).flatten()),
             advantages=tensor(flat(buffer.advantages).flatten()),
             returns=tensor(flat(buffer.returns).flatten()),
+            actor_inputs={name: tensor(flat(getattr(buffer, name))) for name in actor_inputs},
             done=tensor(np.concatenate([buffer.episode_starts[1:], last_done[None]]).astype(np.float32)),
             truncated=th.tensor([t.step * n_envs + t.env for t in truncations], dtype=th.long, device=device),
             gamma=buffer.gamma,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import optuna
 
 ALGORITHMS = {"blpo": BLPO}  # by their names in the Zoo
-SCHEDULES = ("critic_learning_rate",)  # arguments that may be lin_1e-3 in a file, beside those that the Zoo knows
+SCHEDULES = ("critic_learning_rate", "ent_coef")  # arguments that may be lin_1e-3 in a file, beside those that the Zoo knows
 SCRIPTS = ("train", "enjoy", "benchmark", "load_from_hub", "push_to_hub", "record_training", "record_video")
 COMMANDS = {name: f"rl_zoo3.{name}" for name in SCRIPTS}
 COMMANDS |= {name: f"rl_zoo3.plots.{name}" for name in ("all_plots", "plot_from_file", "plot_train")}

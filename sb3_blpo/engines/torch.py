@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch as th
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
@@ -43,9 +44,10 @@ class TorchEngine:
             for optimizer in (policy.optimizer, critic_optimizer)
         )
         # SB3's evaluate_actions() computes the values as well, which the actor's step does not need
-        self._without_values = all(
-            getattr(getattr(policy, name), "__func__", None) is getattr(ActorCriticPolicy, name)
-            for name in ("evaluate_actions", "get_distribution", "extract_features")
+        methods = ("evaluate_actions", "get_distribution", "extract_features")
+        self._without_values = any(
+            all(getattr(getattr(policy, name), "__func__", None) is getattr(plain, name) for name in methods)
+            for plain in (ActorCriticPolicy, MaskableActorCriticPolicy)
         )
 
     def fit_critic(self, observations: PyTorchObs, returns: th.Tensor, n_updates: int) -> th.Tensor:
@@ -136,11 +138,12 @@ class TorchEngine:
         """Log-probabilities of actions and entropies, by what PPO trains."""
         observations: Any = take(rollout.observations, index)
         actions = rollout.actions[index]
+        inputs = {name: x[index] for name, x in rollout.actor_inputs.items()}
         try:
             if self._without_values:
-                distribution = self.policy.get_distribution(observations)
+                distribution = self.policy.get_distribution(observations, **inputs)
                 return distribution.log_prob(actions), distribution.entropy()
-            _, log_prob, entropy = self.policy.evaluate_actions(observations, actions)
+            _, log_prob, entropy = self.policy.evaluate_actions(observations, actions, **inputs)
         except ValueError as error:
             if not str(error).startswith("Expected parameter"):  # of torch's distributions: it is not finite
                 raise
