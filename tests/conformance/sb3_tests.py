@@ -1,7 +1,8 @@
 """
-Run the tests of the installed Stable-Baselines3 with BLPO in place of PPO, then in place of A2C.
+Run the tests of the installed Stable-Baselines3 with BLPO in place of PPO, then in place of A2C, and those of sb3-contrib with
+MaskableBLPO in place of MaskablePPO.
 
-Arguments go to pytest, for instance ``-n 2`` or ``-k save_load``. The tests come from SB3's source distribution, which pip
+Arguments go to pytest, for instance ``-n 2`` or ``-k save_load``. The tests come from the source distributions, which pip
 downloads once.
 """
 
@@ -15,25 +16,27 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build"
+PASSES = (("stable_baselines3", "PPO"), ("stable_baselines3", "A2C"), ("sb3_contrib", "MaskablePPO"))
 
 
-def sb3_tests(sb3_version: str, build: Path = BUILD) -> Path:
+def sb3_tests(package: str, released: str, build: Path = BUILD) -> Path:
     """
-    :param sb3_version: A released version
+    :param package: "stable_baselines3" or "sb3_contrib"
+    :param released: Its version
     :param build: Where to unpack
     :return: Folder with that version's tests and its pyproject.toml, but not its package
     :raises SystemExit: If pip cannot download them
     """
-    name = f"stable_baselines3-{sb3_version}"
+    name = f"{package}-{released}"
     if (build / name).is_dir():
         return build / name
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build) as folder:
-        download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "stable_baselines3", "--dest", folder]
-        if subprocess.run([*download, f"stable_baselines3=={sb3_version}"]).returncode:
+        download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", package, "--dest", folder]
+        if subprocess.run([*download, f"{package}=={released}"]).returncode:
             sys.exit(
-                f"SB3's own tests did not run: pip (see above) could not download the source distribution of "
-                f"stable_baselines3=={sb3_version}, the installed version, which holds them. It needs to only once."
+                f"The tests of {package} did not run: pip (see above) could not download the source distribution of "
+                f"{package}=={released}, the installed version, which holds them. It needs to only once."
             )
         with tarfile.open(Path(folder) / f"{name}.tar.gz") as archive:
             wanted = [file for file in archive if file.name.startswith((f"{name}/tests/", f"{name}/pyproject.toml"))]
@@ -47,15 +50,14 @@ def main(arguments: list[str]) -> int:
     :param arguments: For pytest
     :return: Exit status: pytest's, of the first pass that failed
     """
-    folder = sb3_tests(version("stable_baselines3"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
     statuses = [
         subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "stand_in", "--in-place-of", name, "-q", "-rs", *arguments, "tests"],
-            cwd=folder,
+            cwd=sb3_tests(package, version(package)),
             env=environment,
         ).returncode
-        for name in ("PPO", "A2C")
+        for package, name in PASSES
     ]
     return next(filter(None, statuses), 0)
 

@@ -1,5 +1,6 @@
 """
-A pytest plugin that runs SB3's own tests with BLPO in place of one of SB3's algorithms (see ``sb3_tests.py``).
+A pytest plugin that runs SB3's own tests, or sb3-contrib's, with BLPO in place of one of their algorithms (see
+``sb3_tests.py``).
 
 It keeps the tests that use the replaced class, and says at the end what it had to change and what proves nothing.
 """
@@ -14,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sb3_contrib
 import stable_baselines3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_blpo import BLPO
+from sb3_blpo import BLPO, MaskableBLPO
+
+#: By replaced class: where it comes from, and what takes its place
+REPLACED = {
+    "PPO": (stable_baselines3, BLPO),
+    "A2C": (stable_baselines3, BLPO),
+    "MaskablePPO": (sb3_contrib, MaskableBLPO),
+}
 
 # What BLPO is given in place of A2C where a test does not say, on top of A2C's own defaults: its one learning rate for both
 # networks, as many epochs as SB3's tests give PPO where something must be learned, longer rollouts than its 5 steps, and a
@@ -35,28 +44,33 @@ DEVIATIONS: dict[str, dict[str, str]] = {
         "that of vectors: to 1e-7, but the test wants 1e-8 of an action near 0",
     },
     "A2C": {},
+    "MaskablePPO": {
+        "tests/test_invalid_actions.py::test_identity": "one rollout of a seed on which MaskablePPO happens to reach 91 of the "
+        "90 that are asked for: over seeds 30 to 37 it reaches 83.0 on average, MaskableBLPO 85.2",
+    },
 }
 
 # SB3's tests of wall time: on a busy machine they may fail whatever the algorithm
 TIMED = ("tests/test_logger.py::test_fps_logger",)
 
 
-def stand_in(replaced: type[OnPolicyAlgorithm], built: Callable[[list[str]], None]) -> type[BLPO]:
+def stand_in(replaced: type[OnPolicyAlgorithm], blpo: type[Any], built: Callable[[list[str]], None]) -> type[Any]:
     """
     A BLPO that is called as the replaced class is: by its name, with its arguments and their defaults.
 
     :param replaced: The class whose place it takes
+    :param blpo: BLPO, or its sibling of the same kind
     :param built: Told of every instance which arguments were dropped, because BLPO has none such
     :return: The class
     """
     name = replaced.__name__
     own_init, own_learn = inspect.signature(replaced), inspect.signature(replaced.learn)
-    arguments_of_blpo = inspect.signature(BLPO).parameters
+    arguments_of_blpo = inspect.signature(blpo).parameters
 
-    class StandIn(BLPO):
+    class StandIn(blpo):
         def __init__(self, *args: Any, **kwargs: Any):
             bound = own_init.bind(*args, **kwargs)
-            if name == "PPO":  # as by a user who swaps the names
+            if name != "A2C":  # as by a user who swaps the names
                 built([])
                 super().__init__(*args, **kwargs)
                 return
@@ -124,9 +138,10 @@ class Conformance:
         self.outcomes: Counter[str] = Counter()
         self.dropped_by_test: dict[str, str] = {}
         self.not_counted: list[str] = []
-        replaced = getattr(stable_baselines3, name)
-        self.stand_in = stand_in(replaced, self.note_built)
-        for module in [module for key, module in sys.modules.items() if key.startswith("stable_baselines3")]:
+        package, blpo = REPLACED[name]
+        replaced = getattr(package, name)
+        self.stand_in = stand_in(replaced, blpo, self.note_built)
+        for module in [module for key, module in sys.modules.items() if key.startswith(package.__name__)]:
             if getattr(module, name, None) is replaced:
                 setattr(module, name, self.stand_in)
 
@@ -191,7 +206,9 @@ class Conformance:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         write = terminalreporter.write_line
-        terminalreporter.section(f"SB3 {stable_baselines3.__version__} with BLPO in place of {self.name}")
+        package, blpo = REPLACED[self.name]
+        section = f"{package.__name__} {package.__version__} with {blpo.__name__} in place of {self.name}"
+        terminalreporter.section(section)
         write("Arguments dropped:")
         for node_id, dropped in sorted(self.dropped_by_test.items()):
             write(f"  {node_id} | {dropped}")
@@ -208,7 +225,7 @@ class Conformance:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--in-place-of", choices=sorted(DEVIATIONS), required=True, help="Replace this class by BLPO")
+    parser.addoption("--in-place-of", choices=sorted(REPLACED), required=True, help="Replace this class by BLPO")
 
 
 def pytest_configure(config: pytest.Config) -> None:

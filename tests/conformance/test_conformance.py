@@ -96,5 +96,5 @@ def test_without_network(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(SystemExit, match=r"could not download the source distribution of stable_baselines3==2\.9\.2"):
-        sb3_tests("2.9.2", tmp_path)
+        sb3_tests("stable_baselines3", "2.9.2", tmp_path)
     assert not list(tmp_path.iterdir())
