@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_blpo.bilevel import Bilevel
-from sb3_blpo.rollout import Rollout
+from sb3_blpo.rollout import Rollout, size
 
 SelfMaskableBLPO = TypeVar("SelfMaskableBLPO", bound="MaskableBLPO")
 
@@ -134,10 +134,10 @@ class MaskableBLPO(Bilevel, MaskablePPO):  # type: ignore[misc]
         """As sb3-contrib's. Raises ValueError if the masks do not fit the action space."""
         try:
             return super().collect_rollouts(env, callback, *args, **kwargs)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):
             if env.has_attr("action_masks"):
                 for masks in env.env_method("action_masks"):
-                    self._check_masks(masks)
+                    self._check_masks(masks, n_observations=1)
             raise
 
     def predict(
@@ -151,23 +151,33 @@ class MaskableBLPO(Bilevel, MaskablePPO):  # type: ignore[misc]
         """As sb3-contrib's. Raises ValueError if the masks do not fit the action space, or one allows no action."""
         if action_masks is not None:
             self._check_masks(action_masks)
-        return super().predict(observation, state, episode_start, deterministic, action_masks)
+        try:
+            return super().predict(observation, state, episode_start, deterministic, action_masks)
+        except RuntimeError:
+            if action_masks is not None:
+                self._check_masks(action_masks, size(self.policy.obs_to_tensor(observation)[0]))
+            raise
 
     def _finished_rollout(self) -> Rollout:
         self._check_masks(self.rollout_buffer.action_masks)
         return super()._finished_rollout()
 
-    def _check_masks(self, masks: Any) -> None:
+    def _check_masks(self, masks: Any, n_observations: int | None = None) -> None:
         space: Any = self.action_space
         if isinstance(space, spaces.Discrete):
             n_choices = [int(space.n)]
         else:
             n_choices = list(space.nvec) if isinstance(space, spaces.MultiDiscrete) else [2] * space.n
-        masks = np.asarray(masks)
-        if masks.size == 0 or masks.size % sum(n_choices):
-            raise ValueError(
-                f"Action masks of {space} have {sum(n_choices)} elements for each observation, got the shape {masks.shape}."
+        length = sum(n_choices)
+        try:
+            allowed = np.asarray(masks.cpu() if isinstance(masks, th.Tensor) else masks, dtype=bool)
+            shape = f"the shape {allowed.shape}"
+        except ValueError:
+            allowed, shape = np.empty(0), "lists of different lengths"
+        if allowed.size == 0 or allowed.size % length or n_observations not in (None, allowed.size // length):
+            whom = {None: "each observation", 1: "one observation"}.get(
+                n_observations, f"each of {n_observations} observations"
             )
-        allowed = np.add.reduceat(masks.reshape(-1, sum(n_choices)) != 0, np.cumsum([0, *n_choices[:-1]]), axis=1)
-        if not allowed.all():
+            raise ValueError(f"Action masks of {space} have {length} elements for {whom}, got {shape}.")
+        if not np.logical_or.reduceat(allowed.reshape(-1, length), np.cumsum([0, *n_choices[:-1]]), axis=1).all():
             raise ValueError(f"Action masks must allow at least one action, but one of {space} allows none.")

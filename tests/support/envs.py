@@ -107,6 +107,46 @@ class FaultyEnv(SpaceEnv):
         return self._spoil(observation, spoilt), reward, terminated, truncated, info
 
 
+def choices(space: Any) -> list[int]:
+    """How many choices each part of an action has: the lengths of its masks."""
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    return list(space.nvec) if isinstance(space, spaces.MultiDiscrete) else [2] * space.n
+
+
+class Masked(gym.Wrapper[Any, Any, Any, Any]):
+    """
+    About half of all choices are forbidden, others at each step. Counts how often they are taken nevertheless.
+
+    :param env: With discrete actions of any kind
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.forbidden = 0
+        self.masks = [np.ones(n, dtype=bool) for n in choices(env.action_space)]
+
+    def action_masks(self) -> Any:
+        return np.concatenate(self.masks)
+
+    def _draw(self) -> None:
+        for mask in self.masks:
+            mask[:] = self.np_random.random(len(mask)) < 0.4
+            mask[self.np_random.integers(len(mask))] = True
+
+    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        result = super().reset(**arguments)
+        self._draw()
+        return result
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        allowed = [mask[choice] for mask, choice in zip(self.masks, np.atleast_1d(action), strict=True)]
+        self.forbidden += not all(allowed)
+        result = super().step(action)
+        self._draw()
+        return result
+
+
 def vec_env(env: gym.Env[Any, Any], n_envs: int) -> DummyVecEnv:
     """
     :param env: An environment

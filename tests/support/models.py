@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch as th
 from envs import SpaceEnv
@@ -11,6 +11,9 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_blpo import BLPO
+from sb3_blpo.bilevel import Bilevel
+
+Model = TypeVar("Model", bound=Bilevel)
 
 SMALL: dict[str, Any] = dict(n_steps=16, batch_size=8, n_epochs=1, seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
 
@@ -29,7 +32,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{path}/{key}")
 
 
-def state_of(model: BLPO) -> dict[str, Any]:
+def state_of(model: Bilevel) -> dict[str, Any]:
     """Networks and optimizers, leaf by leaf, detached from the model."""
     trees = {
         "policy": model.policy.state_dict(),
@@ -53,12 +56,12 @@ def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def actor_of(model: BLPO) -> list[th.Tensor]:
+def actor_of(model: Bilevel) -> list[th.Tensor]:
     """Copies of the actor's parameters."""
     return [parameter.detach().clone() for parameter in parameters_of(model.policy.optimizer)]
 
 
-def critic_of(model: BLPO) -> list[th.Tensor]:
+def critic_of(model: Bilevel) -> list[th.Tensor]:
     """Copies of the critic's parameters."""
     return [parameter.detach().clone() for parameter in parameters_of(model.critic_optimizer)]
 
@@ -72,26 +75,26 @@ def moved(before: Sequence[th.Tensor], after: Sequence[th.Tensor]) -> bool:
 class AtRolloutStart(BaseCallback):
     """Calls a function with the model at the start of each rollout."""
 
-    def __init__(self, function: Callable[[BLPO], None]) -> None:
+    def __init__(self, function: Callable[[Any], None]) -> None:
         super().__init__()
         self.function = function
 
     def _on_rollout_start(self) -> None:
-        assert isinstance(self.model, BLPO)
+        assert isinstance(self.model, Bilevel)
         self.function(self.model)
 
     def _on_step(self) -> bool:
         return True
 
 
-def logged(model: BLPO) -> dict[str, float]:
+def logged(model: Bilevel) -> dict[str, float]:
     """What the latest ``train()`` logged, by name without `train/`."""
     assert isinstance(model.logger, Logger)
     values = model.logger.name_to_value
     return {name.removeprefix("train/"): value for name, value in values.items() if name.startswith("train/")}
 
 
-def collect_rollout(model: BLPO) -> BLPO:
+def collect_rollout(model: Model) -> Model:
     """Collect a rollout and do not train on it."""
     _, callback = model._setup_learn(10**6, reset_num_timesteps=model._last_obs is None)
     assert model.env is not None
@@ -99,7 +102,7 @@ def collect_rollout(model: BLPO) -> BLPO:
     return model
 
 
-def changed(model: BLPO, change: Callable[[], Any]) -> set[str]:
+def changed(model: Bilevel, change: Callable[[], Any]) -> set[str]:
     """The parameters that are others afterwards."""
     before = {name: parameter.detach().clone() for name, parameter in model.policy.named_parameters()}
     change()
