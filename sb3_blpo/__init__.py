@@ -7,7 +7,8 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy as CnnPolicy
 from sb3_blpo.blpo import BLPO
 from sb3_blpo.maskable import MaskableBLPO
 from sb3_blpo.policies import MlpPolicy, MultiInputPolicy
+from sb3_blpo.recurrent import RecurrentBLPO
 
 __version__ = version("sb3_blpo")
 
-__all__ = ["BLPO", "CnnPolicy", "MaskableBLPO", "MlpPolicy", "MultiInputPolicy", "__version__"]
+__all__ = ["BLPO", "CnnPolicy", "MaskableBLPO", "MlpPolicy", "MultiInputPolicy", "RecurrentBLPO", "__version__"]

@@ -68,6 +68,10 @@ class Bilevel(Archived, OnPolicyAlgorithm):
     target_kl: float | None
     engine: str = "auto"
 
+    #: Tensors that a plain zip does without, and an exact continuation needs
+    remembered: ClassVar[tuple[str, ...]] = ("_former_rollouts",)
+    #: What computes the gradient steps where the compiled engine does not
+    torch_engine: ClassVar[type[TorchEngine]] = TorchEngine
     #: Which engine the latest update ran on, "numba" or "torch", and why
     engine_in_use: str | None = None
     critic_optimizer: th.optim.Optimizer
@@ -170,7 +174,7 @@ class Bilevel(Archived, OnPolicyAlgorithm):
         check_optimizers(self.policy, self.critic_optimizer)
         self._check_sizes()
         rollout = self._finished_rollout()
-        latest = [*self._former_rollouts, (rollout.states, rollout.returns)][-self._n_critic_rollouts :]
+        latest = [*self._former_rollouts, rollout.targets][-self._n_critic_rollouts :]
         states, returns = joined(latest)
         # numpy's integers may be 8 bits, and torch refuses them
         n_critic_steps = int(self.n_critic_updates) * -(-len(rollout) // int(self.batch_size))
@@ -178,12 +182,12 @@ class Bilevel(Archived, OnPolicyAlgorithm):
         response: Response | None = None
         with self._undone_on_error() as buffers:
             engine = self._engine()
-            values_of_rollout = engine.values(rollout.observations)
+            values_of_rollout = engine.values(rollout)
             for epoch in range(self.n_epochs):
                 # Follower: nested updates towards the best response to the current actor
                 critic_losses = engine.fit_critic(states, returns, n_critic_steps)
                 # Advantages under the new critic
-                values = engine.values(rollout.observations)
+                values = engine.values(rollout)
                 advantages = rollout.advantages_after(values - values_of_rollout)
                 if self.normalize_advantage:
                     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -254,9 +258,9 @@ class Bilevel(Archived, OnPolicyAlgorithm):
         ent_coef = scheduled("ent_coef", self.ent_coef, progress)
         self.logger.record("train/ent_coef", ent_coef)
         engine, in_use = make_engine(
-            self.engine, self.policy, self.critic_optimizer, batch_size=int(self.batch_size), ent_coef=ent_coef,
-            clip_range=scheduled("clip_range", self.clip_range, progress), max_grad_norm=self.max_grad_norm,
-            target_kl=self.target_kl,
+            self.engine, self.torch_engine, self.policy, self.critic_optimizer, batch_size=int(self.batch_size),
+            clip_range=scheduled("clip_range", self.clip_range, progress), ent_coef=ent_coef,
+            max_grad_norm=self.max_grad_norm, target_kl=self.target_kl,
         )  # fmt: skip
         if self.verbose >= 1 and in_use != self.engine_in_use:
             compiles = "; where its compilation is not in numba's cache yet, that takes about 20 seconds"

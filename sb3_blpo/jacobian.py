@@ -181,10 +181,13 @@ class SampledJacobian(Jacobian):
         super().__init__(*arguments)
         names = {id(parameter): name for name, parameter in self.critic.named_parameters()}
         self._named = {names[id(parameter)]: parameter.detach() for parameter in self.parameters}
-        n = min(MAX_SAMPLED_ROWS, max(1, MAX_SAMPLED_BYTES // (4 * self.n_params)), self.n_states)
-        self.curvature_states = th.randperm(self.n_states, generator=generator, device="cpu")[:n].sort().values
+        self.curvature_states = self._sample(generator).sort().values
         self._vectorises = self._can_vectorise()
         self._rows = self.at(self.curvature_states)
+
+    def _sample(self, generator: th.Generator) -> th.Tensor:
+        n = min(MAX_SAMPLED_ROWS, max(1, MAX_SAMPLED_BYTES // (4 * self.n_params)), self.n_states)
+        return th.randperm(self.n_states, generator=generator, device="cpu")[:n]
 
     def _can_vectorise(self) -> bool:
         try:

@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_blpo.checks import WrongArgument
+
+#: Observations that show which parameters an output depends on
+N_EXAMPLES = 8
 
 
 class MlpPolicy(ActorCriticPolicy):
@@ -105,6 +110,11 @@ def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:
                 f"`{name}` of {type(policy).__name__} has no shape yet (a lazy layer): run a dummy batch through the network "
                 "in its `__init__`."
             )
+    if getattr(policy, "shared_lstm", False):  # contrib detaches it, so that no gradient shows the sharing
+        raise WrongArgument(
+            "`shared_lstm`=True gives actor and critic a common LSTM, and BLPO needs them apart: use False, with "
+            "`enable_critic_lstm` True or False."
+        )
     copies = _unshare_features_extractor(policy)
     actor, critic = _split(policy)
     optimizer = policy.optimizer
@@ -201,14 +211,15 @@ def _dependences(output: th.Tensor, named: dict[str, nn.Parameter]) -> set[str]:
 @th.enable_grad()
 def _outputs(policy: ActorCriticPolicy, observations: Any) -> tuple[th.Tensor, th.Tensor]:
     """What the actor's and the critic's parameters show in."""
+    of_both, of_one = _no_memory(policy)
     with th.no_grad(), th.random.fork_rng(devices=[]):
-        actions, acting_values, _ = policy(observations)  # the way in which rollouts are collected
+        actions, acting_values, *_ = policy(observations, *of_both)  # the way in which rollouts are collected
         actions = actions.flatten(1) if actions.ndim > 1 else actions  # as the buffer holds them
-    _, log_prob, entropy = policy.evaluate_actions(observations, actions)
-    values = policy.predict_values(observations)
+    _, log_prob, entropy = policy.evaluate_actions(observations, actions, *of_both)
+    values = policy.predict_values(observations, *of_one)
     with th.no_grad():
         # Not where an extractor's state makes each call another one
-        again = policy.predict_values(observations)
+        again = policy.predict_values(observations, *of_one)
         if th.equal(values, again) and not th.allclose(values, acting_values.view_as(values), 1e-3, 1e-4, equal_nan=True):
             warnings.warn(
                 f"`forward` and `predict_values` of {type(policy).__name__} give different values, and the critic is trained "
@@ -216,11 +227,21 @@ def _outputs(policy: ActorCriticPolicy, observations: Any) -> tuple[th.Tensor, t
                 "`get_distribution` as well.",
                 stacklevel=2,
             )
-        policy.get_distribution(observations)  # the policy keeps it, and could not be copied with the graph in it
+        policy.get_distribution(observations, *of_one)  # the policy keeps it, and could not be copied with the graph in it
     return log_prob.sum() + (0 if entropy is None else entropy.sum()), values.sum()
 
 
-def _examples(space: spaces.Space, n: int = 8) -> Any:
+def _no_memory(policy: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What contrib's recurrent policies take beside the examples: methods of both levels, methods of one."""
+    if not isinstance(policy, RecurrentActorCriticPolicy):
+        return (), ()
+    n_layers, _, size = policy.lstm_hidden_state_shape
+    zeros = th.zeros(n_layers, N_EXAMPLES, size, device=policy.device)
+    starts = th.zeros(N_EXAMPLES, device=policy.device)
+    return (RNNStates((zeros, zeros), (zeros, zeros)), starts), ((zeros, zeros), starts)
+
+
+def _examples(space: spaces.Space, n: int = N_EXAMPLES) -> Any:
     """Observations of moderate size: what an unbounded space draws may overflow in the networks."""
     if isinstance(space, spaces.Dict):
         return {key: _examples(part, n) for key, part in space.spaces.items()}

@@ -19,12 +19,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnvWrapper
+from torch.utils._pytree import tree_map
 
 from sb3_blpo.archive import atomic_file
 from sb3_blpo.bilevel import Bilevel, torch_generator_states
 from sb3_blpo.blpo import BLPO
 from sb3_blpo.checks import POSITIVE, check
-from sb3_blpo.rollout import map_parts
 
 #: What a checkpoint has more than a saved model
 ENTRY = "resume.pkl"
@@ -92,10 +92,9 @@ class ResumableCheckpoint(BaseCallback):
             "class": type(self.model).__name__,
             "generators": generators,
             "seed": seed,
-            "former_rollouts": [
-                (map_parts(lambda obs: obs.numpy(force=True), observations), returns.numpy(force=True))
-                for observations, returns in self.model._former_rollouts
-            ],
+            "remembered": {
+                name: tree_map(lambda x: x.numpy(force=True), getattr(self.model, name)) for name in self.model.remembered
+            },
         }
         normalize = self.model.get_vec_normalize_env()
         if seed is None:
@@ -140,13 +139,8 @@ def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[Bi
             f"`{path}` was saved with `reset_env`={env is None}, so `env` {'must' if env is None else 'cannot'} be given."
         )
     model.set_env(_Unpickler(state["env"], model).load() if env is None else env, force_reset=False)
-    model._former_rollouts = [
-        (
-            map_parts(lambda obs: th.as_tensor(obs, device=model.device), observations),
-            th.as_tensor(returns, device=model.device),
-        )
-        for observations, returns in state.get("former_rollouts", [])
-    ]
+    for name, value in state.get("remembered", {}).items():
+        setattr(model, name, tree_map(lambda x: th.as_tensor(x, device=model.device), value))
     normalize = model.get_vec_normalize_env()
     if "statistics" in state and normalize is not None:
         normalize.obs_rms, normalize.ret_rms = pickle.loads(state["statistics"])

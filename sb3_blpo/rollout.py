@@ -31,7 +31,7 @@ class Truncation(NamedTuple):
 def map_parts(function: Callable[..., Any], *observations: Any) -> Any:
     """Apply a function of one or more arrays to observations, or to each part of them if they are dictionaries."""
     if isinstance(observations[0], dict):
-        return {key: function(*(obs[key] for obs in observations)) for key in observations[0]}
+        return {key: map_parts(function, *(obs[key] for obs in observations)) for key in observations[0]}
     return function(*observations)
 
 
@@ -41,7 +41,7 @@ def take(observations: PyTorchObs, index: th.Tensor) -> PyTorchObs:
 
 
 def size(observations: PyTorchObs) -> int:
-    return len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
+    return size(next(iter(observations.values()))) if isinstance(observations, dict) else len(observations)
 
 
 def minibatches(n: int, batch_size: int, n_minibatches: int | None = None) -> Iterator[th.Tensor]:
@@ -62,6 +62,13 @@ def joined(parts: list[tuple[PyTorchObs, th.Tensor]]) -> tuple[PyTorchObs, th.Te
     """Join several rollouts' observations and the numbers that belong to them."""
     observations, numbers = zip(*parts, strict=True)
     return map_parts(lambda *obs: th.cat(obs), *observations), th.cat(numbers)
+
+
+def episode_starts(buffer: RolloutBuffer) -> np.ndarray:
+    """1 where a step began an episode (n_steps, n_envs)."""
+    starts = buffer.episode_starts
+    flattened = starts.shape != (buffer.buffer_size, buffer.n_envs)  # by the ``get()`` of some buffers
+    return starts.reshape(buffer.n_envs, buffer.buffer_size).T if flattened else starts
 
 
 @dataclass
@@ -119,7 +126,7 @@ class Rollout:
             advantages=tensor(flat(buffer.advantages).flatten()),
             returns=tensor(flat(buffer.returns).flatten()),
             actor_inputs={name: tensor(flat(getattr(buffer, name))) for name in actor_inputs},
-            done=tensor(np.concatenate([buffer.episode_starts[1:], last_done[None]]).astype(np.float32)),
+            done=tensor(np.concatenate([episode_starts(buffer)[1:], last_done[None]]).astype(np.float32)),
             truncated=th.tensor([t.step * n_envs + t.env for t in truncations], dtype=th.long, device=device),
             gamma=buffer.gamma,
             gae_lambda=buffer.gae_lambda,
@@ -135,6 +142,11 @@ class Rollout:
     @property
     def states(self) -> PyTorchObs:
         return map_parts(lambda obs: obs[: len(self)], self.observations)
+
+    @property
+    def targets(self) -> tuple[PyTorchObs, th.Tensor]:
+        """What the critic fits: states, and their values as they should be."""
+        return self.states, self.returns
 
     def advantages_after(self, change: th.Tensor) -> th.Tensor:
         """

@@ -16,15 +16,17 @@ __all__ = ["ActorPass", "TorchEngine", "compiled_acting", "make_engine"]
 
 
 def make_engine(
-    engine: str, policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer, **settings: Any
-) -> tuple[TorchEngine, str]:
+    engine: str, torch_engine: type[TorchEngine], policy: ActorCriticPolicy, critic_optimizer: th.optim.Optimizer,
+    **settings: Any,
+) -> tuple[TorchEngine, str]:  # fmt: skip
     """
     :param engine: "numba" (compiled), "torch" or "auto": the compiled one where it serves
+    :param torch_engine: The one with autograd
     :return: An engine, and which one it is and why
     :raises ValueError: If it shall be the compiled one, which cannot serve
     """
     if engine == "torch":
-        return TorchEngine(policy, critic_optimizer, **settings), "torch (as chosen)"
+        return torch_engine(policy, critic_optimizer, **settings), "torch (as chosen)"
     reason = _numba_is_missing()
     if reason is None:
         from sb3_blpo.engines.numba import NumbaEngine, serves
@@ -34,7 +36,7 @@ def make_engine(
             return NumbaEngine(policy, critic_optimizer, **settings), "numba"
     if engine == "numba":
         raise ValueError(f"`engine`='numba' cannot train this model: {reason}; use 'auto' or 'torch'.")
-    return TorchEngine(policy, critic_optimizer, **settings), f"torch ({reason})"
+    return torch_engine(policy, critic_optimizer, **settings), f"torch ({reason})"
 
 
 def compiled_acting(engine: str, policy: ActorCriticPolicy) -> contextlib.AbstractContextManager[None]:

@@ -272,8 +272,8 @@ class NumbaEngine(TorchEngine):
             kernels.fit_critic(self.critic.arrays, x, returns.float().numpy(), index, starts, losses)
         return finite("critic's loss", th.from_numpy(losses))
 
-    def values(self, observations: PyTorchObs) -> th.Tensor:
-        x = features(self.policy, observations)
+    def values(self, rollout: Rollout) -> th.Tensor:
+        x = features(self.policy, rollout.observations)
         values = np.empty(len(x), np.float32)
         with one_blas_thread():
             kernels.values(self.critic.arrays, x, values)

@@ -59,9 +59,8 @@ class TorchEngine:
         self.policy.set_training_mode(True)
         losses = []
         with _fused(self.critic_optimizer):
-            for index in minibatches(len(returns), self.batch_size, n_updates):
-                values = self.policy.predict_values(take(observations, index)).flatten()
-                loss = F.mse_loss(values, returns[index])
+            for index in self._critic_minibatches(len(returns), n_updates):
+                loss = F.mse_loss(self._values_at(observations, index), returns[index])
                 if self.critic_parameters:  # not all of the critic is frozen
                     _backward(loss, self.critic_parameters)
                     self.critic_optimizer.step()
@@ -69,12 +68,12 @@ class TorchEngine:
         return finite("critic's loss", th.stack(losses))
 
     @th.no_grad()
-    def values(self, observations: PyTorchObs) -> th.Tensor:
-        """The observations' values in eval mode (n,)."""
+    def values(self, rollout: Rollout) -> th.Tensor:
+        """Of all the rollout's observations, in eval mode (n_observations,)."""
         self.policy.set_training_mode(False)
+        observations = rollout.observations
         indices = th.arange(size(observations), device="cpu").split(4 * self.batch_size)  # without a graph: less memory
-        values = [self.policy.predict_values(take(observations, index)).flatten() for index in indices]
-        return finite("critic's value", th.cat(values))
+        return finite("critic's value", th.cat([self._values_at(observations, index) for index in indices]))
 
     @th.no_grad()
     def log_prob(self, rollout: Rollout) -> th.Tensor:
@@ -93,7 +92,7 @@ class TorchEngine:
         rows: list[dict[str, th.Tensor]] = []
         stopped = False
         with _fused(self.policy.optimizer):
-            for index in minibatches(len(rollout), self.batch_size):
+            for index in self._actor_minibatches(rollout):
                 log_prob, entropy = self._evaluate(rollout, index)
                 log_ratio = log_prob - rollout.old_log_prob[index]
                 ratio = log_ratio.exp()
@@ -134,21 +133,38 @@ class TorchEngine:
     def write_back(self) -> None:
         """Nothing to do: each step changed the policy and its optimizers."""
 
+    def _critic_minibatches(self, n: int, n_minibatches: int) -> Iterator[th.Tensor]:
+        return minibatches(n, self.batch_size, n_minibatches)
+
+    def _actor_minibatches(self, rollout: Rollout) -> Iterator[th.Tensor]:
+        return minibatches(len(rollout), self.batch_size)
+
+    def _values_at(self, observations: PyTorchObs, index: th.Tensor) -> th.Tensor:
+        """The values of these observations (k,)."""
+        return self.policy.predict_values(take(observations, index)).flatten()
+
     def _evaluate(self, rollout: Rollout, index: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
-        """Log-probabilities of actions and entropies, by what PPO trains."""
+        """Log-probabilities of these actions and entropies (k,), by what PPO trains."""
         observations: Any = take(rollout.observations, index)
         actions = rollout.actions[index]
         inputs = {name: x[index] for name, x in rollout.actor_inputs.items()}
-        try:
+        with finite_distribution():
             if self._without_values:
                 distribution = self.policy.get_distribution(observations, **inputs)
                 return distribution.log_prob(actions), distribution.entropy()
             _, log_prob, entropy = self.policy.evaluate_actions(observations, actions, **inputs)
-        except ValueError as error:
-            if not str(error).startswith("Expected parameter"):  # of torch's distributions: it is not finite
-                raise
-            raise FloatingPointError("actor's output") from error
         return log_prob, entropy
+
+
+@contextlib.contextmanager
+def finite_distribution() -> Iterator[None]:
+    """A FloatingPointError where torch's distributions refuse what is not finite."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected parameter"):
+            raise
+        raise FloatingPointError("actor's output") from error
 
 
 @contextlib.contextmanager

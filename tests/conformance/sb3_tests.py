@@ -1,6 +1,6 @@
 """
 Run the tests of the installed Stable-Baselines3 with BLPO in place of PPO, then in place of A2C, and those of sb3-contrib with
-MaskableBLPO in place of MaskablePPO.
+MaskableBLPO and RecurrentBLPO in place of MaskablePPO and RecurrentPPO.
 
 Arguments go to pytest, for instance ``-n 2`` or ``-k save_load``. The tests come from the source distributions, which pip
 downloads once.
@@ -16,7 +16,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build"
-PASSES = (("stable_baselines3", "PPO"), ("stable_baselines3", "A2C"), ("sb3_contrib", "MaskablePPO"))
+PASSES = (
+    ("stable_baselines3", "PPO"),
+    ("stable_baselines3", "A2C"),
+    ("sb3_contrib", "MaskablePPO"),
+    ("sb3_contrib", "RecurrentPPO"),
+)
 
 
 def sb3_tests(package: str, released: str, build: Path = BUILD) -> Path:
