@@ -18,7 +18,7 @@ from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from torch import nn
 
-from sb3_blpo import BLPO
+from sb3_blpo import BLPO, MaskableBLPO
 from sb3_blpo.checks import ARGUMENT_RULES, IHVP_RULES
 
 NAN, INF = math.nan, math.inf
@@ -39,7 +39,7 @@ WRONG: dict[str, tuple[str, list[Any]]] = {
     "clip_range": RATE,
     "clip_range_vf": ("None: the critic has a loss of its own", [0.2, 0, FloatSchedule(0.2)]),
     "normalize_advantage": ("True or False", [1, None, "True"]),
-    "ent_coef": NON_NEGATIVE,
+    "ent_coef": RATE,
     "vf_coef": NON_NEGATIVE,
     "max_grad_norm": POSITIVE,
     "target_kl": ("a finite number > 0 or None", [0, -0.5, NAN, INF, "1"]),
@@ -111,7 +111,7 @@ def test_unknown_key_in_ihvp_kwargs_lists_the_known_ones() -> None:
     assert "`ihvp_kwargs`" in message and "got 'nystrom_rank'" in message and all(repr(key) in message for key in IHVP_RULES)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "critic_learning_rate", "clip_range"])
+@pytest.mark.parametrize("name", ["learning_rate", "critic_learning_rate", "clip_range", "ent_coef"])
 @pytest.mark.parametrize("value", [-0.1, NAN, INF])
 def test_wrong_value_of_a_schedule(name: str, value: float) -> None:
     """At its start, and in the middle of training, where the update that it was for does not happen."""
@@ -154,6 +154,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"gamma": 1, "gae_lambda": 0},
     {"gamma": np.float32(1), "gae_lambda": np.float32(1), "ihvp_solver": "exact"},
     {"normalize_advantage": np.bool_(True), "ent_coef": np.float32(0.01)},
+    {"ent_coef": lambda progress: np.float32(0.01 * progress)},
     {"max_grad_norm": INF},
     {"max_grad_norm": np.float32(1e-30), "target_kl": 1e-300},
     {"max_correction_ratio": None, "ihvp_kwargs": None, "ihvp_interval": 10**6, "critic_rollouts": np.int64(10**6)},
@@ -209,9 +210,10 @@ def test_signature_begins_with_that_of_ppo() -> None:
     assert parameters(BLPO)[: len(of_ppo)] == of_ppo
 
 
-def test_every_argument_is_documented_in_order() -> None:
-    documented = re.findall(r"^\s*:param (\w+):", BLPO.__doc__ or "", flags=re.MULTILINE)
-    assert documented == [name for name, _ in parameters(BLPO)]
+@pytest.mark.parametrize("cls", [BLPO, MaskableBLPO])
+def test_every_argument_is_documented_in_order(cls: type) -> None:
+    documented = re.findall(r"^\s*:param (\w+):", cls.__doc__ or "", flags=re.MULTILINE)
+    assert documented == [name for name, _ in parameters(cls)]
 
 
 #: As people tune PPO, in RL Zoo for instance

@@ -16,6 +16,7 @@ from gymnasium import spaces
 from models import SMALL, actor_of, changed, collect_rollout, critic_of, differences, logged, moved, small, state_of
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
+from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_contrib.common.maskable.utils import get_action_masks
@@ -504,6 +505,29 @@ def test_schedules_and_settings_that_change_between_updates_count() -> None:
     model.learning_rate, model.ent_coef, model.n_epochs = 1e-3, 0.2, 3
     model.learn(ROLLOUT)
     assert (logged(model)["learning_rate"], logged(model)["ent_coef"], logged(model)["n_updates"]) == (1e-3, 0.2, 5)
+
+
+def test_arguments_arrive_as_those_of_maskable_ppo_and_blpo() -> None:
+    of_ppo: dict[str, Any] = {
+        "learning_rate": 1e-3, "n_steps": 12, "batch_size": 6, "n_epochs": 2, "gamma": 0.9, "gae_lambda": 0.8,
+        "clip_range": 0.3, "normalize_advantage": False, "ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.4,
+        "rollout_buffer_class": MaskableRolloutBuffer, "rollout_buffer_kwargs": {}, "target_kl": 0.7, "stats_window_size": 5,
+        "tensorboard_log": None, "policy_kwargs": {"net_arch": [4]}, "verbose": 0, "seed": 3,
+    }  # fmt: skip
+    own: dict[str, Any] = {
+        "critic_learning_rate": 3e-3, "n_critic_updates": 2, "critic_rollouts": 5, "ihvp_solver": "cg",
+        "ihvp_kwargs": {"damping": 0.1}, "ihvp_interval": 1, "curvature": "hessian", "max_correction_ratio": 0.5,
+        "engine": "torch",
+    }  # fmt: skip
+    ppo: Any = MaskablePPO("MlpPolicy", masked_env(), **of_ppo, device="cpu")
+    args: list[Any] = ["MlpPolicy", masked_env(), *of_ppo.values(), "cpu"]
+    args.insert(9, None)  # `clip_range_vf`, which can be nothing else
+    for model in (masked(**of_ppo, **own), MaskableBLPO(*args, **own)):
+        for name in of_ppo.keys() - {"clip_range", "stats_window_size"}:
+            assert getattr(model, name) == getattr(ppo, name), name
+        assert {name: getattr(model, name) for name in own} == own
+        assert model.clip_range(1) == 0.3 and model._stats_window_size == 5
+        model.learn(24)
 
 
 def test_spaces_and_policies_that_are_refused() -> None:

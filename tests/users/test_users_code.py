@@ -4,6 +4,7 @@ import copy
 import io
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 import torch as th
 from envs import BOX, DICT, IMAGE, TORQUES, SpaceEnv, vec_env
 from gymnasium import spaces
-from models import actor_of, changed, critic_of, differences, logged, moved, small, state_of
+from models import AtRolloutStart, actor_of, changed, critic_of, differences, logged, moved, small, state_of
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
 from sb3_blpo import BLPO
@@ -294,6 +296,35 @@ def test_a_schedule_of_the_users() -> None:
     model.lr_schedule, model.clip_range = (lambda progress: 0.5), 0.25
     model.learn(16)
     assert logged(model)["learning_rate"] == 0.5 and logged(model)["clip_range"] == 0.25
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_schedule_of_the_entropy_coefficient(engine: str, tmp_path: Path) -> None:
+    """It stays what the user gave, does what assigning its values would do, and is there in a model that is loaded."""
+    seen: list[float] = []
+
+    def look(model: BLPO) -> None:
+        seen.extend([logged(model)["ent_coef"]] if model.num_timesteps else [])
+
+    schedule = LinearSchedule(0.4, 0.0, 1.0)
+    model = small(ent_coef=schedule, engine=engine).learn(64, AtRolloutStart(look))
+    assert seen == pytest.approx([0.3, 0.2, 0.1]) and logged(model)["ent_coef"] == 0
+    ent_coef: Any = model.ent_coef
+    assert ent_coef is schedule
+
+    coefficients = iter([*seen, 0.0])
+    by_hand = small(engine=engine)
+    by_hand.learn(64, AtRolloutStart(lambda model: setattr(model, "ent_coef", next(coefficients))))
+    assert not differences(state_of(model), state_of(by_hand))
+    assert differences(state_of(model), state_of(small(engine=engine).learn(64)))
+
+    model.save(tmp_path / "model")
+    loaded: Any = BLPO.load(tmp_path / "model", SpaceEnv(), device="cpu")
+    assert [loaded.ent_coef(progress) for progress in (1, 0.5, 0)] == [0.4, 0.2, 0]
+    loaded.learn(32, AtRolloutStart(look))
+    assert seen[3:] == [0.2] and logged(loaded)["ent_coef"] == 0
+    loaded.ent_coef = 0.5
+    assert logged(loaded.learn(16))["ent_coef"] == loaded.ent_coef == 0.5
 
 
 # Errors are BLPO's, not torch's

@@ -71,20 +71,36 @@ def test_default_hyperparams(exp_manager, experiment, tmp_path, monkeypatch):
     assert experiment().config == str(own)
 
 
-@pytest.mark.parametrize("rate", ["lin_1e-3", 1e-3, None])
-def test_critic_learning_rate(experiment, rate):
-    model, _ = experiment(hyperparams={"critic_learning_rate": rate}).setup_experiment()
-    if rate == "lin_1e-3":
-        assert isinstance(model.critic_learning_rate, LinearSchedule)
-        assert [model.critic_learning_rate(progress) for progress in (1, 0.5, 0)] == [1e-3, 0.5e-3, 0]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("critic_learning_rate", "lin_1e-3"), ("critic_learning_rate", 1e-3), ("critic_learning_rate", None),
+        ("ent_coef", "lin_0.01"), ("ent_coef", 0.01), ("ent_coef", 0),
+    ],
+)  # fmt: skip
+def test_schedules(experiment, name, value):
+    model, _ = experiment(hyperparams={name: value, "n_envs": 1, "n_steps": 64, "batch_size": 64}).setup_experiment()
+    taken = getattr(model, name)
+    if isinstance(value, str):
+        start = float(value.removeprefix("lin_"))
+        assert isinstance(taken, LinearSchedule)
+        assert [taken(progress) for progress in (1, 0.5, 0)] == [start, start / 2, 0]
     else:
-        assert model.critic_learning_rate == rate
+        assert taken == value
+    model.learn(64)
 
 
-@pytest.mark.parametrize("rate", ["1e-3", "lin_x", "lin", "exp_1e-3"])
-def test_bad_schedule(experiment, rate):
-    with pytest.raises(ValueError, match=f"critic_learning_rate must be a number or 'lin_<number>', not the string '{rate}'"):
-        experiment(hyperparams={"critic_learning_rate": rate}).setup_experiment()
+@pytest.mark.parametrize("value", ["1e-3", "lin_x", "lin", "exp_1e-3"])
+@pytest.mark.parametrize("name", ["critic_learning_rate", "ent_coef"])
+def test_bad_schedule(experiment, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a number or 'lin_<number>', not the string '{value}'"):
+        experiment(hyperparams={name: value}).setup_experiment()
+
+
+@pytest.mark.parametrize("value", ["auto", "auto_0.1", 0.01])
+def test_entropy_coefficients_of_other_algorithms_are_theirs(experiment, value):
+    model, _ = experiment("Pendulum-v1", "sac", hyperparams={"ent_coef": value}).setup_experiment()
+    assert type(model).__name__ == "SAC" and model.ent_coef == value
 
 
 def test_schedules_of_other_algorithms_are_theirs(experiment):
