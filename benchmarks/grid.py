@@ -72,6 +72,9 @@ ALGORITHMS = {
     "PPO (BLPO's schedule)": Algorithm("ppo", PPO_SCHEDULE),
     "PPO (BLPO's schedule), not normalized": Algorithm("ppo", PPO_SCHEDULE, {"normalize_advantage": False}),
     "TRPO (tuned)": Algorithm("trpo", BASELINES / "trpo.yml"),
+    "RecurrentBLPO": Algorithm("blpo_lstm"),
+    "RecurrentBLPO none": Algorithm("blpo_lstm", params={"ihvp_solver": "none"}),
+    "RecurrentPPO": Algorithm("ppo_lstm", BASELINES / "ppo_lstm.yml"),
 }
 
 #: Of the ablation, one part of the recipe replaced at a time: what BLPO's arguments offer, and what ablation.py adds
@@ -140,11 +143,15 @@ STAGES = {
     ],
     "rollouts": [_short(tuple(ROLLOUTS), DEFAULTS)._replace(seeds=range(100, 105))],
     "caps": [_short(tuple(CAPS), DEFAULTS)._replace(seeds=range(100, 105))],
+    "recurrent": [
+        Grid(("RecurrentBLPO", "RecurrentBLPO none", "RecurrentPPO"), {"CartPoleNoVel-v1": 50_000}, n_evaluations=10)
+    ],
     "ablation": [_short((*MAIN, *VARIANTS), ("Hopper-v5", "LunarLander-v3", "CartPole-v1"))],
 }
 
 #: One CSV for each report; the ablation is compared with what stage 1 trained
 OUTPUTS = {
+    "recurrent": RESULTS / "recurrent" / "returns.csv",
     "stage1": RESULTS / "returns.csv",
     "replication": RESULTS / "replication" / "returns.csv",
     "stage2": RESULTS / "stage2" / "returns.csv",

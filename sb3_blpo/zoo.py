@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_blpo import BLPO
+from sb3_blpo import BLPO, RecurrentBLPO
 
 if TYPE_CHECKING:
     import optuna
 
-ALGORITHMS = {"blpo": BLPO}  # by their names in the Zoo
+ALGORITHMS = {"blpo": BLPO, "blpo_lstm": RecurrentBLPO}  # by their names in the Zoo
 SCHEDULES = ("critic_learning_rate", "ent_coef")  # arguments that may be lin_1e-3 in a file, beside those that the Zoo knows
 SCRIPTS = ("train", "enjoy", "benchmark", "load_from_hub", "push_to_hub", "record_training", "record_video")
 COMMANDS = {name: f"rl_zoo3.{name}" for name in SCRIPTS}
@@ -52,8 +52,9 @@ def _register_algorithms(utils: Any) -> None:
 
 
 def _register_tuning(hyperparams_opt: Any) -> None:
-    hyperparams_opt.HYPERPARAMS_SAMPLER["blpo"] = sample_blpo_params
-    hyperparams_opt.HYPERPARAMS_CONVERTER["blpo"] = convert_blpo_params
+    for algo in ALGORITHMS:
+        hyperparams_opt.HYPERPARAMS_SAMPLER[algo] = sample_blpo_params
+        hyperparams_opt.HYPERPARAMS_CONVERTER[algo] = convert_blpo_params
 
 
 def _register_hyperparams(exp_manager: Any) -> None:
