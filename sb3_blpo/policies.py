@@ -53,14 +53,16 @@ class MultiInputPolicy(MultiInputActorCriticPolicy):
         self, observation_space: spaces.Dict, action_space: spaces.Space, lr_schedule: Schedule, *args: Any,
         actor_keys: Sequence[str] | None = None, critic_keys: Sequence[str] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
+        known = getattr(observation_space, "spaces", {})
         for name, keys in (("actor_keys", actor_keys), ("critic_keys", critic_keys)):
-            unknown = keys is not None and (isinstance(keys, str) or not keys or not {*keys} <= {*observation_space.spaces})
-            if unknown:
+            is_list = isinstance(keys, list | tuple) and len(keys) > 0
+            if keys is not None and not (is_list and all(isinstance(key, str) and key in known for key in keys)):
                 raise WrongArgument(
-                    f"`{name}` must be a list of keys of the observation, {', '.join(map(repr, observation_space.spaces))}, "
+                    f"`{name}` must be a list of keys of the observation, {', '.join(map(repr, known)) or 'which has none'}, "
                     f"or None, got {keys!r}."
                 )
-        self.actor_keys, self.critic_keys = actor_keys, critic_keys
+        self.actor_keys = None if actor_keys is None else [*actor_keys]
+        self.critic_keys = None if critic_keys is None else [*critic_keys]
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
 
     def _build_mlp_extractor(self) -> None:
