@@ -157,6 +157,17 @@ def test_optimize_and_trial_id(environment, trained):
     assert {name: saved[name] for name in expected} == expected | {"n_steps": 64, "n_epochs": 1}
 
 
+def test_recurrent(environment, tmp_path):
+    agent = ("--algo", "blpo_lstm", "--env", "CartPoleNoVel-v1")
+    short = (*SHORT, "-params", "n_steps:8", "batch_size:64", "n_epochs:1")
+    succeed(environment, tmp_path, "rl_zoo3.train", *agent, *short)
+    output = succeed(environment, tmp_path, "rl_zoo3.enjoy", *agent, "-n", "600", "--no-render")
+    assert "Loading logs/blpo_lstm/CartPoleNoVel-v1_1/CartPoleNoVel-v1.zip" in output and "Mean reward: " in output
+    succeed(environment, tmp_path, "rl_zoo3.train", *agent, *STUDY, "-optimize", "--n-trials", "2", *short)
+    trials = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path / 'study.db'}").trials
+    assert [trial.state for trial in trials] == 2 * [optuna.trial.TrialState.COMPLETE]
+
+
 def test_without_the_hook(with_plots, tmp_path):
     off = {"SB3_BLPO_NO_ZOO": "1"}
     assert "invalid choice: 'blpo'" in fail(with_plots, tmp_path, "rl_zoo3.train", *AGENT, **off)
