@@ -1,8 +1,8 @@
 """
-What BLPO costs beside SB3's PPO with the same rollouts, minibatches and epochs.
+What BLPO costs beside SB3's PPO, or its siblings beside sb3-contrib's, with the same rollouts, minibatches and epochs.
 
 ``python benchmarks/overhead.py`` writes ``overhead.csv``, ``overhead_memory.csv`` and a figure to ``benchmarks/results``. It
-takes about 20 minutes and a machine that does nothing else; ``--cases`` chooses a part, whose rows replace the old ones.
+takes about 25 minutes and a machine that does nothing else; ``--cases`` chooses a part, whose rows replace the old ones.
 
 Time: the algorithms of a case live in one process with one thread and take turns, one rollout and one ``train()`` each, in CPU
 seconds; ratios are those of two turns side by side, the first turn of each is not counted. The environment of the cases with
@@ -12,7 +12,6 @@ Memory: the largest resident memory of a process that trains on long rollouts, o
 
 import argparse
 import multiprocessing
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,17 +22,18 @@ import numpy as np
 import pandas as pd
 import torch as th
 from gymnasium import spaces
+from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from sb3_blpo import BLPO
+from sb3_blpo import BLPO, MaskableBLPO, RecurrentBLPO
 
 RESULTS = Path(__file__).parent / "results"
 N_ENVS, SCHEDULE = 8, {"n_steps": 256, "batch_size": 256, "n_epochs": 10, "seed": 0, "device": "cpu"}
-ALGORITHMS: dict[str, Any] = {"ppo": PPO, "none": BLPO, "nystrom": BLPO}
+ALGORITHMS = ("ppo", "none", "nystrom")  # BLPO's by their solver
 NETWORKS: dict[str, dict[str, Any]] = {
     "64-64": {"net_arch": [64, 64]},
     "256-256": {"net_arch": [256, 256], "activation_fn": nn.ReLU},
@@ -63,6 +63,16 @@ class Cheap(gym.Env[Any, Any]):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.t += 1
         return self.observations[self.t], self.rewards[self.t], self.t == 100, False, {}
+
+
+class Masked(Cheap):
+    """The same with action masks."""
+
+    def __init__(self) -> None:
+        super().__init__(VECTOR)
+
+    def action_masks(self) -> np.ndarray:
+        return np.array([True, self.t % 2 == 0, self.t % 3 == 0, False])
 
 
 VECTOR = spaces.Box(-1, 1, (16,))
@@ -115,31 +125,48 @@ CRITICS: dict[str, tuple[str, spaces.Space]] = {
     "NatureCNN": ("CnnPolicy", IMAGE),
     "Dict": ("MultiInputPolicy", spaces.Dict({"vector": VECTOR, "image": IMAGE})),
 }
-CASES = (*(f"{env_id} {network}" for env_id in ("CartPole-v1", "Hopper-v5") for network in NETWORKS), *CRITICS)
+#: Both classes, policy, its arguments and BLPO's own of what has neither PPO's class nor its defaults
+SIBLINGS: dict[str, tuple[Any, Any, str, dict[str, Any], dict[str, Any]]] = {
+    "64-64, torch": (PPO, BLPO, "MlpPolicy", NETWORKS["64-64"], {"engine": "torch"}),
+    "masked 64-64": (MaskablePPO, MaskableBLPO, "MlpPolicy", NETWORKS["64-64"], {}),
+    "recurrent 64": (RecurrentPPO, RecurrentBLPO, "MlpLstmPolicy", {"lstm_hidden_size": 64}, {}),
+    "recurrent 256": (RecurrentPPO, RecurrentBLPO, "MlpLstmPolicy", {}, {}),
+    "recurrent 64, one critic pass": (
+        RecurrentPPO, RecurrentBLPO, "MlpLstmPolicy", {"lstm_hidden_size": 64}, {"n_critic_updates": 1}
+    ),
+}  # fmt: skip
+TASKS = ("CartPole-v1", "Acrobot-v1", "LunarLander-v3", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Humanoid-v5")
+WIDE_TASKS = ("CartPole-v1", "LunarLander-v3", "Hopper-v5", "HalfCheetah-v5")
+CASES = (*(f"{task} 64-64" for task in TASKS), *(f"{task} 256-256" for task in WIDE_TASKS), *SIBLINGS, *CRITICS)
 
 
 def make(case: str, algorithm: str, n_envs: int = N_ENVS, **settings: Any) -> Any:
     """
     :param case: One of :data:`CASES`
-    :param algorithm: A key of :data:`ALGORITHMS`
+    :param algorithm: One of :data:`ALGORITHMS`
     :param n_envs: Number of environments
     :param settings: Instead of those of :data:`SCHEDULE`
     :return: The model, with environments of its own
     """
-    if case in CRITICS:
+    ppo: Any = PPO
+    blpo: Any = BLPO
+    own: dict[str, Any] = {}
+    if case in SIBLINGS:
+        ppo, blpo, policy, policy_kwargs, own = SIBLINGS[case]
+        env: Any = make_vec_env(Masked if ppo is MaskablePPO else "CartPole-v1", n_envs, seed=0)
+    elif case in CRITICS:
         policy, space = CRITICS[case]
-        env: Any = make_vec_env(Cheap, n_envs, seed=0, env_kwargs={"observation_space": space})
-        policy_kwargs: dict[str, Any] = {}
+        env = make_vec_env(Cheap, n_envs, seed=0, env_kwargs={"observation_space": space})
+        policy_kwargs = {}
         if policy == "MlpPolicy":
             policy_kwargs = {"features_extractor_class": Extractor, "features_extractor_kwargs": {"kind": case}}
     else:
         env_id, network = case.split()
         policy, policy_kwargs = "MlpPolicy", NETWORKS[network]
         env = make_vec_env(env_id, n_envs, seed=0)
-        env = VecNormalize(env) if env_id == "Hopper-v5" else env
-    if algorithm != "ppo":
-        settings["ihvp_solver"] = algorithm
-    return ALGORITHMS[algorithm](policy, env, policy_kwargs=policy_kwargs, **SCHEDULE | settings)
+        env = VecNormalize(env) if env_id.endswith("v5") else env
+    settings = SCHEDULE | {"policy_kwargs": policy_kwargs} | settings
+    return ppo(policy, env, **settings) if algorithm == "ppo" else blpo(policy, env, ihvp_solver=algorithm, **settings | own)
 
 
 def measure(case: str, n_turns: int) -> pd.DataFrame:
@@ -210,7 +237,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
 def largest_memory(case: str, algorithm: str, n_envs: int, n_steps: int) -> float:
     """
     :param case: One of :data:`CASES`
-    :param algorithm: A key of :data:`ALGORITHMS`
+    :param algorithm: One of :data:`ALGORITHMS`
     :param n_envs: Number of environments
     :param n_steps: Of a rollout
     :return: MiB, after as many rollouts as BLPO's critic remembers and one more
@@ -218,7 +245,9 @@ def largest_memory(case: str, algorithm: str, n_envs: int, n_steps: int) -> floa
     th.set_num_threads(1)
     model = make(case, algorithm, n_envs, n_steps=n_steps, n_epochs=1)
     model.learn(9 * n_envs * n_steps)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+    # Not what getrusage() says, which begins with that of the process that started this one
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def memory(n_envs: int, n_steps: int) -> pd.DataFrame:

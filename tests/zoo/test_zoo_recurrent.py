@@ -19,8 +19,8 @@ ARGUMENTS = set(inspect.signature(RecurrentBLPO).parameters)
 CONSUMED = {"env_wrapper", "frame_stack", "n_envs", "n_timesteps", "normalize"}
 #: Versions of environments in the Zoo's file by ours
 RENAMED = {"v5": "v4", "v3": "v2"}
-#: Other than the Zoo's: it has a policy that RecurrentPPO does not know, another tuning, and a batch larger than the rollout
-OURS = ("default", "CartPoleNoVel-v1", "InvertedDoublePendulum-v5")
+#: Other than the Zoo's: it has a policy that RecurrentPPO does not know, another tuning, and batches larger than rollouts
+OURS = ("default", "CartPoleNoVel-v1", "InvertedDoublePendulum-v5", "InvertedPendulum-v5")
 
 
 def experiment(env_id: str, folder: Path, **kwargs):
