@@ -5,8 +5,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.maskable.utils import is_masking_supported
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -142,9 +144,16 @@ class BLPO(Bilevel):
             max_correction_ratio=max_correction_ratio, engine=engine,
         )  # fmt: skip
 
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name in RecurrentPPO.policy_aliases.keys() - self.policy_aliases.keys():
+            raise ValueError(f"`policy`={policy_name!r} has memory: use `RecurrentBLPO`.")
+        return super()._get_policy_from_name(policy_name)
+
     def _setup_model(self) -> None:
         if issubclass(self.policy_class, MaskableActorCriticPolicy):
             raise ValueError(f"`policy`={self.policy_class.__name__} takes action masks: use `MaskableBLPO`.")
+        if issubclass(self.policy_class, RecurrentActorCriticPolicy):
+            raise ValueError(f"`policy`={self.policy_class.__name__} has memory: use `RecurrentBLPO`.")
         super()._setup_model()
         if self.env is not None and is_masking_supported(self.env):
             warnings.warn("The environment has `action_masks()`, which BLPO ignores: `MaskableBLPO` takes them.", stacklevel=2)

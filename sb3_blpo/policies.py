@@ -112,11 +112,7 @@ def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:
                 f"`{name}` of {type(policy).__name__} has no shape yet (a lazy layer): run a dummy batch through the network "
                 "in its `__init__`."
             )
-    if getattr(policy, "shared_lstm", False):  # contrib detaches it, so that no gradient shows the sharing
-        raise WrongArgument(
-            "`shared_lstm`=True gives actor and critic a common LSTM, and BLPO needs them apart: use False, with "
-            "`enable_critic_lstm` True or False."
-        )
+    refuse_shared_lstm(getattr(policy, "shared_lstm", False))
     copies = _unshare_features_extractor(policy)
     actor, critic = _split(policy)
     optimizer = policy.optimizer
@@ -134,6 +130,15 @@ def separate(policy: ActorCriticPolicy) -> th.optim.Optimizer:
         for other in [p for p in each.state if id(p) not in own]:
             del each.state[other]
     return critic_optimizer
+
+
+def refuse_shared_lstm(shared_lstm: bool) -> None:
+    """contrib detaches it, so that no gradient would show the sharing."""
+    if shared_lstm:
+        raise WrongArgument(
+            "`shared_lstm`=True gives actor and critic a common LSTM, and BLPO needs them apart: use False, with "
+            "`enable_critic_lstm` True or False."
+        )
 
 
 def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:

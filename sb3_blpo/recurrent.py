@@ -7,10 +7,15 @@ import numpy as np
 import torch as th
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.vec_env import VecEnv
+from torch.utils._pytree import tree_map
 
 from sb3_blpo.bilevel import Bilevel
+from sb3_blpo.checks import WrongArgument
 from sb3_blpo.engines.recurrent import RecurrentEngine, RecurrentRollout
+from sb3_blpo.policies import refuse_shared_lstm
 from sb3_blpo.rollout import Rollout, episode_starts
 
 SelfRecurrentBLPO = TypeVar("SelfRecurrentBLPO", bound="RecurrentBLPO")
@@ -115,6 +120,24 @@ class RecurrentBLPO(Bilevel, RecurrentPPO):  # type: ignore[misc]
             critic_rollouts=critic_rollouts, ihvp_solver=ihvp_solver, ihvp_kwargs=ihvp_kwargs, ihvp_interval=ihvp_interval,
             curvature=curvature, max_correction_ratio=max_correction_ratio, engine=engine,
         )  # fmt: skip
+
+    def _setup_model(self) -> None:
+        if not issubclass(self.policy_class, RecurrentActorCriticPolicy):
+            names = ", ".join(self.policy_aliases)
+            raise WrongArgument(
+                f"`policy`={self.policy_class.__name__} has no memory: RecurrentBLPO takes {names} or a subclass of "
+                "RecurrentActorCriticPolicy."
+            )
+        refuse_shared_lstm(self.policy_kwargs.get("shared_lstm", False))
+        super()._setup_model()
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> bool:
+        """As sb3-contrib's, but what a fault has left in the memory is forgotten."""
+        buffer: Any = self.rollout_buffer
+        buffer.hidden_state_shape = (buffer.buffer_size, *buffer.hidden_state_shape[1:])  # where `n_steps` was changed
+        # contrib's way to forget is a product with 0, which NaN survives
+        self._last_lstm_states = tree_map(lambda x: x.nan_to_num(0.0, 0.0, 0.0), self._last_lstm_states)
+        return super().collect_rollouts(env, callback, *args, **kwargs)
 
     def learn(
         self: SelfRecurrentBLPO,

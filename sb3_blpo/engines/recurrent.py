@@ -15,9 +15,9 @@ from sb3_blpo.engines.torch import TorchEngine, finite_distribution
 from sb3_blpo.jacobian import Jacobian, SampledJacobian
 from sb3_blpo.rollout import Rollout, take
 
-#: Of so many states, the gradient of one value is formed
-STATES_PER_ROW = 4
-#: and together these gradients go back through at most so many times as many steps as the rollout has
+#: The gradients of at most so many values are formed, and of one in so many,
+MAX_ROWS, STATES_PER_ROW = 128, 4
+#: and together they go back through at most so many times as many steps as the rollout has
 MAX_PASSES = 8
 
 
@@ -177,7 +177,7 @@ class RecurrentJacobian(SampledJacobian):
 
     def _sample(self, generator: th.Generator) -> th.Tensor:
         states = super()._sample(generator)
-        states = states[: -(-self.n_states // STATES_PER_ROW)]
+        states = states[: min(MAX_ROWS, -(-self.n_states // STATES_PER_ROW))]
         n = int((self.n_steps_back[states].cumsum(dim=0) <= MAX_PASSES * self.n_states).sum())
         return states[: max(1, n)]
 
