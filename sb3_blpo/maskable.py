@@ -58,7 +58,7 @@ class MaskableBLPO(Bilevel, MaskablePPO):  # type: ignore[misc]
     :param ihvp_interval: Number of epochs between solves; ``None``: one solve a rollout
     :param curvature: "gauss_newton" or "hessian"
     :param max_correction_ratio: Largest norm of the correction relative to that of the advantages
-    :param engine: "auto" or "torch": the compiled engine does not serve masked policies
+    :param engine: What computes the gradient steps: "numba", "torch" or "auto"; it acts as sb3-contrib does
     :raises ValueError: If an argument is of the wrong type or out of range, if masks do not fit the action space, or if one
         allows no action
     """

@@ -302,14 +302,19 @@ def categorical_gradient(log_p: Array, actions: Array, by_log_prob: Array, by_en
 def evaluate(net: Network, kind: int, choices: Array, y: Array, actions: Array, log_prob: Array, entropy: Array) -> bool:
     """
     log pi(a|s) and entropies, written (B,), from outputs y (n_out, B) and actions (B, n_actions). Return whether the outputs
-    are parameters of a distribution. The logits of categorical actions, as many as `choices` for each, are normalised.
+    are parameters of a distribution. The logits of categorical actions, as many as `choices` for each, are normalised; in
+    `actions` their masks may follow (B, n_actions + n_out), 0 where sb3-contrib forbids a choice.
     """
     log_prob[:], entropy[:] = 0, 0
     if kind == GAUSSIAN:
         if not gaussian(y, net.parameters[-len(y) :], actions, log_prob, entropy):
             return False
     else:
-        start = 0
+        masks, start = actions[:, len(choices) :], 0
+        for j in range(len(masks)):
+            for k in range(masks.shape[1]):
+                if masks[j, k] == 0:
+                    y[k, j] = -1e8
         for k in range(len(choices)):
             categorical(y[start : start + choices[k]], actions[:, k], log_prob, entropy)
             start += choices[k]

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from sb3_contrib.common.maskable import distributions as masked
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common import distributions
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
@@ -28,10 +30,13 @@ from sb3_blpo.jacobian import AllLayers, Jacobian, LayerJacobian, LinearRows, Va
 from sb3_blpo.rollout import Rollout, size, take
 
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.Tanh: kernels.TANH, nn.ReLU: kernels.RELU}
-DISTRIBUTIONS: dict[type[distributions.Distribution], int] = {
+DISTRIBUTIONS: dict[type[Any], int] = {
     distributions.DiagGaussianDistribution: kernels.GAUSSIAN,
     distributions.CategoricalDistribution: kernels.CATEGORICAL,
     distributions.MultiCategoricalDistribution: kernels.CATEGORICAL,
+    masked.MaskableCategoricalDistribution: kernels.CATEGORICAL,
+    masked.MaskableMultiCategoricalDistribution: kernels.CATEGORICAL,
+    masked.MaskableBernoulliDistribution: kernels.CATEGORICAL,  # each a choice of two
 }
 #: What of the policy the kernels stand for
 METHODS = (
@@ -74,7 +79,8 @@ def _function(owner: Any, name: str) -> Any:
 def policy_is_other(policy: ActorCriticPolicy, methods: Sequence[str]) -> Iterator[str]:
     if any([*GLOBAL_HOOKS, th.is_autocast_enabled("cpu")]):
         yield "torch has global hooks or casts automatically"
-    sb3s = {name: getattr(ActorCriticPolicy, name) for name in methods}
+    plain = MaskableActorCriticPolicy if isinstance(policy, MaskableActorCriticPolicy) else ActorCriticPolicy
+    sb3s = {name: getattr(plain, name) for name in methods}
     yield from (f"the policy has a `{name}` of its own" for name in methods if _function(policy, name) is not sb3s[name])
     if type(policy.action_dist) not in DISTRIBUTIONS:
         yield f"its action distribution is a {type(policy.action_dist).__name__}"
@@ -321,8 +327,9 @@ class NumbaEngine(TorchEngine):
         return th.cat(passes).numpy(), k // in_a_pass * n + k % in_a_pass * self.batch_size
 
     def _of_actor(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
-        """Features and actions."""
-        actions = rollout.actions.float().view(len(rollout), -1).numpy()
+        """Features, and actions with their masks."""
+        parts = [rollout.actions, *rollout.actor_inputs.values()]
+        actions = th.cat([part.float().view(len(rollout), -1) for part in parts], dim=1).numpy()
         return features(self.policy, rollout.states), np.ascontiguousarray(actions)
 
 
