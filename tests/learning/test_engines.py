@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from envs import IMAGE, OBSERVATION_SPACES, TORQUES, SpaceEnv, vec_env
+from envs import IMAGE, OBSERVATION_SPACES, TORQUES, Masked, SpaceEnv, vec_env
 from gymnasium import spaces
-from models import actor_of, built_with, collect_rollout, critic_of, differences, logged, moved, small, state_of
+from models import SMALL, actor_of, built_with, collect_rollout, critic_of, differences, logged, moved, small, state_of
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from threadpoolctl import threadpool_info
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sb3_blpo import BLPO, response
+from sb3_blpo import BLPO, MaskableBLPO, response
 from sb3_blpo.engines import kernels
 from sb3_blpo.engines.kernels import CATEGORICAL, GAUSSIAN, IDENTITY, RELU, TANH, Network
 from sb3_blpo.response import Correction
@@ -63,6 +63,9 @@ GRID: dict[str, dict[str, Any]] = {
     "MultiCategorical": {"action_space": spaces.MultiDiscrete([3, 2]), "ent_coef": 0.05},
     "entropy of a Gaussian": {"ent_coef": 0.05},
     "entropy of a Categorical": {"action_space": spaces.Discrete(3), "ent_coef": 0.05},
+    "masks": {"action_space": spaces.Discrete(5), "ent_coef": 0.05, "kind": MaskableBLPO},
+    "masks of MultiDiscrete": {"action_space": spaces.MultiDiscrete([3, 4]), "ent_coef": 0.05, "kind": MaskableBLPO},
+    "masks of MultiBinary": {"action_space": spaces.MultiBinary(3), "kind": MaskableBLPO, "batch_size": 7},
     "remainders": {"batch_size": 7},
     "full batch": {"batch_size": 32},
     "Discrete observations": {"observation_space": spaces.Discrete(4)},
@@ -92,8 +95,10 @@ def test_both_engines_agree(name: str, trained: bool) -> None:
     action_space = settings.pop("action_space", TORQUES)
     env = SpaceEnv(settings.pop("observation_space", OBSERVATION_SPACES["Box"]), action_space)
     change: Callable[[BLPO], None] = settings.pop("change", lambda model: None)
+    kind = settings.pop("kind", BLPO)
     settings["policy_kwargs"] = {"net_arch": [8, 8]} | settings.get("policy_kwargs", {})
-    model = small(**({"env": vec_env(env, 2), "engine": "torch"} | settings))
+    made = {"env": vec_env(env if kind is BLPO else Masked(env), 2), "engine": "torch"}
+    model = kind("MlpPolicy", **(SMALL | {"ihvp_kwargs": {"rank": 6}} | made | settings))
     if trained:
         model.learn(64)
     change(model)
