@@ -23,7 +23,8 @@ OWN_TESTS = {
     "curvature": ["ihvp", "definition"],
     "ihvp": ["ihvp"],
     "response": ["response", "definition"],
-    "engines": ["definition", "rollout"],
+    "engines/torch": ["definition", "rollout"],
+    "engines/recurrent": ["recurrent_response"],
 }
 SETTINGS = """
 [tool.mutmut]
