@@ -23,6 +23,7 @@ import pandas as pd
 import torch as th
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -65,14 +66,11 @@ class Cheap(gym.Env[Any, Any]):
         return self.observations[self.t], self.rewards[self.t], self.t == 100, False, {}
 
 
-class Masked(Cheap):
-    """The same with action masks."""
-
-    def __init__(self) -> None:
-        super().__init__(VECTOR)
-
-    def action_masks(self) -> np.ndarray:
-        return np.array([True, self.t % 2 == 0, self.t % 3 == 0, False])
+def masked_cart_pole() -> gym.Env[Any, Any]:
+    """CartPole, whose cart is not pushed towards the border that is near."""
+    return ActionMasker(
+        gym.make("CartPole-v1"), lambda env: np.array([env.unwrapped.state[0] > -1, env.unwrapped.state[0] < 1])
+    )
 
 
 VECTOR = spaces.Box(-1, 1, (16,))
@@ -129,6 +127,7 @@ CRITICS: dict[str, tuple[str, spaces.Space]] = {
 SIBLINGS: dict[str, tuple[Any, Any, str, dict[str, Any], dict[str, Any]]] = {
     "64-64, torch": (PPO, BLPO, "MlpPolicy", NETWORKS["64-64"], {"engine": "torch"}),
     "masked 64-64": (MaskablePPO, MaskableBLPO, "MlpPolicy", NETWORKS["64-64"], {}),
+    "masked 64-64, torch": (MaskablePPO, MaskableBLPO, "MlpPolicy", NETWORKS["64-64"], {"engine": "torch"}),
     "recurrent 64": (RecurrentPPO, RecurrentBLPO, "MlpLstmPolicy", {"lstm_hidden_size": 64}, {}),
     "recurrent 256": (RecurrentPPO, RecurrentBLPO, "MlpLstmPolicy", {}, {}),
     "recurrent 64, one critic pass": (
@@ -153,7 +152,7 @@ def make(case: str, algorithm: str, n_envs: int = N_ENVS, **settings: Any) -> An
     own: dict[str, Any] = {}
     if case in SIBLINGS:
         ppo, blpo, policy, policy_kwargs, own = SIBLINGS[case]
-        env: Any = make_vec_env(Masked if ppo is MaskablePPO else "CartPole-v1", n_envs, seed=0)
+        env: Any = make_vec_env(masked_cart_pole if ppo is MaskablePPO else "CartPole-v1", n_envs, seed=0)
     elif case in CRITICS:
         policy, space = CRITICS[case]
         env = make_vec_env(Cheap, n_envs, seed=0, env_kwargs={"observation_space": space})

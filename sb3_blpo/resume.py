@@ -25,6 +25,7 @@ from sb3_blpo.archive import atomic_file
 from sb3_blpo.bilevel import Bilevel, torch_generator_states
 from sb3_blpo.blpo import BLPO
 from sb3_blpo.checks import POSITIVE, check
+from sb3_blpo.rollout import map_parts
 
 #: What a checkpoint has more than a saved model
 ENTRY = "resume.pkl"
@@ -92,6 +93,7 @@ class ResumableCheckpoint(BaseCallback):
             "class": type(self.model).__name__,
             "generators": generators,
             "seed": seed,
+            "strides": map_parts(lambda x: x.strides, self.model._last_obs),
             "remembered": {
                 name: tree_map(lambda x: x.numpy(force=True), getattr(self.model, name)) for name in self.model.remembered
             },
@@ -141,6 +143,8 @@ def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[Bi
     model.set_env(_Unpickler(state["env"], model).load() if env is None else env, force_reset=False)
     for name, value in state.get("remembered", {}).items():
         setattr(model, name, tree_map(lambda x: th.as_tensor(x, device=model.device), value))
+    if "strides" in state:
+        model._last_obs = map_parts(_laid_out, model._last_obs, state["strides"])
     normalize = model.get_vec_normalize_env()
     if "statistics" in state and normalize is not None:
         normalize.obs_rms, normalize.ret_rms = pickle.loads(state["statistics"])
@@ -148,6 +152,19 @@ def resume(path: str | Path, env: GymEnv | None = None, algorithm_class: type[Bi
     if env is not None:
         _restart(model, state["seed"])
     return model
+
+
+def _laid_out(array: np.ndarray, strides: tuple[int, ...]) -> np.ndarray:
+    """
+    A copy that lies in memory as it did, so that convolutions of images, whose channels SB3 puts first by a view, round as
+    they did.
+    """
+    if min(strides, default=-1) < 0:
+        return array
+    n_bytes = array.itemsize + sum((n - 1) * stride for n, stride in zip(array.shape, strides, strict=True))
+    copy = np.ndarray(array.shape, array.dtype, np.empty(n_bytes, np.uint8), strides=strides)
+    copy[...] = array
+    return copy
 
 
 def _restart(model: Bilevel, seed: int) -> None:

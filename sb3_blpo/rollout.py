@@ -68,7 +68,7 @@ def episode_starts(buffer: RolloutBuffer) -> np.ndarray:
     """1 where a step began an episode (n_steps, n_envs)."""
     starts = buffer.episode_starts
     flattened = starts.shape != (buffer.buffer_size, buffer.n_envs)  # by the ``get()`` of some buffers
-    return starts.reshape(buffer.n_envs, buffer.buffer_size).T if flattened else starts
+    return starts.reshape(buffer.n_envs, buffer.buffer_size).T.copy() if flattened else starts
 
 
 @dataclass
