@@ -95,7 +95,7 @@ ROLLOUTS = {
     for n in (1, 4, 8, 16)
 }
 CAPS = {
-    f"BLPO, cap {cap}": Algorithm("blpo", params={"critic_rollouts": 8, "max_correction_ratio": cap})
+    f"BLPO, cap {cap}": Algorithm("blpo", params={"critic_rollouts": 4, "max_correction_ratio": cap})
     for cap in (0.1, 0.25, 1.0)
 }
 ALGORITHMS |= VARIANTS | ROLLOUTS | CAPS

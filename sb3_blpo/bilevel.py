@@ -28,7 +28,7 @@ IHVP_DEFAULTS: dict[str, Any] = {"damping": 0.01, "rank": 20, "sketch": "values"
 #: The critic's learning rate in units of the actor's, the ratio of the paper's settings
 CRITIC_RATE_RATIO = 4
 #: Rollouts that the critic fits by default
-CRITIC_ROLLOUTS = 8
+CRITIC_ROLLOUTS = 4
 
 
 def torch_generator_states() -> dict[str, Any]:

@@ -69,7 +69,7 @@ class BLPO(Bilevel):
         before the actor's
     :param critic_rollouts: The critic's minibatches are drawn from so many of the latest rollouts, at least 1. The number of
         its steps does not grow with them. Their states and returns stay in memory, in float32, images as they are:
-        ``critic_rollouts`` * ``n_steps`` * ``n_envs`` of them. ``None``: 8, for image observations 1
+        ``critic_rollouts`` * ``n_steps`` * ``n_envs`` of them. ``None``: 4, for image observations 1
     :param ihvp_solver: How the critic's linear system is solved: "nystrom" (low-rank approximation), "cg" (conjugate
         gradients), "nystrom_cg" (preconditioned by Nyström), "exact" (dense) or "none" (no correction: nested actor-critic)
     :param ihvp_kwargs: Settings of the solver: ``damping`` (> 0, in units of the trace of the Gauss-Newton matrix, 0.01),
