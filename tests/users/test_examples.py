@@ -36,7 +36,11 @@ def test_asymmetric_critic() -> None:
 
 
 #: By a word in it: an environment for an example of README's
-ENVIRONMENTS: dict[str, Any] = {"MaskableBLPO": lambda: Masked(SpaceEnv()), "critic_keys": lambda: SpaceEnv(DICT)}
+ENVIRONMENTS: dict[str, Any] = {
+    "MaskableBLPO": lambda: Masked(SpaceEnv()),
+    "critic_keys": lambda: SpaceEnv(DICT),
+    "RecurrentBLPO": SpaceEnv,
+}
 
 
 @pytest.mark.parametrize("word", ENVIRONMENTS)
