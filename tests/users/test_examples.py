@@ -25,14 +25,14 @@ def returns_of(example: str, timesteps: int) -> list[float]:
 
 @pytest.mark.slow
 def test_action_masks() -> None:
-    with_masks, without = returns_of("action_masks.py", 4096)
+    with_masks, without = returns_of("action_masks.py", 8192)
     assert -15 < with_masks < 0 and -50 <= without < -40
 
 
 @pytest.mark.slow
 def test_asymmetric_critic() -> None:
-    with_crowd, without = returns_of("asymmetric_critic.py", 8192)
-    assert 50 >= with_crowd > 30 > without >= 0
+    with_crowd, without = returns_of("asymmetric_critic.py", 12_288)
+    assert 50 >= with_crowd > without + 8 > 8
 
 
 #: By a word in it: an environment for an example of README's
