@@ -25,7 +25,7 @@ def as_schedule(name: str, value: float | Schedule) -> FloatSchedule:
 
 def scheduled(name: str, value: float | Schedule, progress_remaining: float) -> float:
     """An argument's value at this progress, from 1 to 0; a ValueError if it is negative, NaN or infinite, or no number."""
-    now: Any = value(progress_remaining) if callable(value) else value
+    now: Any = FloatSchedule(value)(progress_remaining) if callable(value) else value
     if not NON_NEGATIVE.check(now):
         raise ValueError(f"`{name}` must be finite and >= 0, but is {now!r} at progress_remaining={progress_remaining}.")
     return float(now)

@@ -47,8 +47,8 @@ DEVIATIONS: dict[str, dict[str, str]] = {
     },
     "A2C": {},
     "MaskablePPO": {
-        "tests/test_invalid_actions.py::test_identity": "one rollout of a seed on which MaskablePPO happens to reach 91 of the "
-        "90 that are asked for: over seeds 30 to 37 it reaches 83.0 on average, MaskableBLPO 85.2",
+        "tests/test_invalid_actions.py::test_identity": "one rollout of a seed on which MaskablePPO happens to reach 91 "
+        "of the 90 that are asked for: over seeds 30 to 37 it reaches 83.0 on average, MaskableBLPO 85.2",
     },
     "RecurrentPPO": {
         "tests/test_lstm.py::test_cnn[policy_kwargs2]": SHARED_LSTM,

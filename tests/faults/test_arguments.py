@@ -155,6 +155,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"gamma": np.float32(1), "gae_lambda": np.float32(1), "ihvp_solver": "exact"},
     {"normalize_advantage": np.bool_(True), "ent_coef": np.float32(0.01)},
     {"ent_coef": lambda progress: np.float32(0.01 * progress)},
+    {"ent_coef": lambda progress: th.tensor(0.01 * progress)},
     {"max_grad_norm": INF},
     {"max_grad_norm": np.float32(1e-30), "target_kl": 1e-300},
     {"max_correction_ratio": None, "ihvp_kwargs": None, "ihvp_interval": 10**6, "critic_rollouts": np.int64(10**6)},
