@@ -15,9 +15,11 @@ from sb3_blpo.engines.torch import TorchEngine, finite_distribution
 from sb3_blpo.jacobian import Jacobian, SampledJacobian
 from sb3_blpo.rollout import Rollout, take
 
-#: The gradients of at most so many values are formed, and of one in so many,
-MAX_ROWS, STATES_PER_ROW = 128, 4
-#: and together they go back through at most so many times as many steps as the rollout has
+#: How many states have their value's gradient formed: at most so many,
+MAX_ROWS = 128
+#: at most one in so many,
+STATES_PER_ROW = 4
+#: and not more than go back through so many times as many steps together as the rollout has
 MAX_PASSES = 8
 
 
