@@ -2,8 +2,9 @@
 The critic's Jacobian J, whose row j is the gradient of the value V(s_j) by the critic's trainable parameters (n_params,),
 flattened and joined.
 
-J is never held as a whole. For a critic made of Linear and Conv2d layers all products follow from the layers' inputs and
-signals: :class:`LayerJacobian`. For any other critic the rows of some random states are formed: :class:`SampledJacobian`.
+J is never held as a whole. For a critic made of Linear layers all products follow from the layers' inputs and signals, and so
+for one with Conv2d layers too, of which some random states are taken: :class:`LayerJacobian`. For any other critic the rows of
+some random states are formed: :class:`SampledJacobian`.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from sb3_blpo.rows import AllLayers, FormedRows, LinearRows, Rows, conv_rows, flatten
 
-#: A critic that is not made of layers: how many rows are formed at most, and how large they may be together
+#: A critic that is not made of Linear layers: how many rows are formed at most, and how large they may be together
 MAX_SAMPLED_ROWS = 256
 MAX_SAMPLED_BYTES = 2**28
 
@@ -61,9 +62,26 @@ class Jacobian(ABC):
     def chunks(self) -> Iterable[Rows]:
         """The rows of :attr:`curvature_states`, in order, some at a time."""
 
-    @abstractmethod
+    @th.no_grad()
     def to_values(self, v: th.Tensor) -> th.Tensor:
         """What a change of the parameters does to the values of the N states, to first order (N,)."""
+        # A central difference: what serves every critic, in place for those that keep their weights elsewhere as well. The
+        # step balances its error and rounding
+        before = [parameter.clone() for parameter in self.parameters]
+        scale = 1 + th.linalg.vector_norm(flatten(before))
+        step = th.finfo(v.dtype).eps ** (1 / 3) * scale / th.linalg.vector_norm(v).clamp_min(th.finfo(v.dtype).tiny)
+        parts = v.split([parameter.numel() for parameter in before])
+        values = []
+        try:
+            for change in (step, -step):
+                for parameter, start, part in zip(self.parameters, before, parts, strict=True):
+                    parameter.copy_(start + change * part.view_as(start))
+                indices = th.arange(self.n_states, device="cpu").split(self.batch_size)
+                values.append(th.cat([self.critic(self.take(index)) for index in indices]))
+        finally:
+            for parameter, start in zip(self.parameters, before, strict=True):
+                parameter.copy_(start)
+        return (values[0] - values[1]) / (2 * step)
 
     def gradient(self, c: th.Tensor) -> th.Tensor:
         """J^T c, the gradient of sum_j c_j V(s_j) over all observations (n_params,)."""
@@ -117,29 +135,34 @@ class Jacobian(ABC):
 class LayerJacobian(Jacobian):
     """
     The Jacobian of a critic whose parameters all belong to Linear and Conv2d layers, each used once. Inputs and signals of
-    Linear layers are kept, memory linear in the number of states; rows of Conv2d layers are made anew whenever needed.
+    Linear layers are kept, memory linear in the number of states. Rows of Conv2d layers are formed, and so the curvature of a
+    critic that has some is made from a sample of the states.
 
     :param layers: The layers, in the order of the parameters
+    :param generator: Draws the sample
     """
 
-    def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], *arguments: Any) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Linear | nn.Conv2d], *arguments: Any, generator: th.Generator | None = None
+    ) -> None:
         super().__init__(*arguments)
         self.layers = layers
-        self.keeps = all(isinstance(layer, nn.Linear) for layer in layers)  # whose memory is small
-        if self.keeps:
-            self.batch_size = max(self.batch_size, 4096)
         self.sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+        n_formed = sum(size for size, layer in zip(self.sizes, layers, strict=True) if isinstance(layer, nn.Conv2d))
+        if n_formed > 0:
+            self.curvature_states = some_states(self.n_states, n_formed, generator).sort().values
+        else:
+            self.batch_size = max(self.batch_size, 4096)
         self._kept: list[Rows] | None = None
 
     def chunks(self) -> Iterable[Rows]:
         if self._kept is None:
-            chunks = map(self.at, self.curvature_states.split(self.batch_size))
-            if not self.keeps:
-                return chunks
-            self._kept = list(chunks)
+            self._kept = [self.at(index) for index in self.curvature_states.split(self.batch_size)]
         return self._kept
 
     def to_values(self, v: th.Tensor) -> th.Tensor:
+        if len(self.curvature_states) < self.n_states:
+            return super().to_values(v)
         return th.cat([rows.J_v(v) for rows in self.chunks()])
 
     def at(self, index: th.Tensor) -> Rows:
@@ -171,6 +194,12 @@ class LayerJacobian(Jacobian):
         return AllLayers(parts, self.sizes)
 
 
+def some_states(n_states: int, n_formed: int, generator: th.Generator | None) -> th.Tensor:
+    """Draw as many states as rows of so many numbers each may be formed."""
+    n = min(MAX_SAMPLED_ROWS, max(1, MAX_SAMPLED_BYTES // (4 * n_formed)))
+    return th.randperm(n_states, generator=generator, device="cpu")[:n]
+
+
 class SampledJacobian(Jacobian):
     """
     The Jacobian of any critic. The curvature is made from the rows of some random states, which are formed; the gradient and
@@ -186,8 +215,7 @@ class SampledJacobian(Jacobian):
         self._rows = self.at(self.curvature_states)
 
     def _sample(self, generator: th.Generator) -> th.Tensor:
-        n = min(MAX_SAMPLED_ROWS, max(1, MAX_SAMPLED_BYTES // (4 * self.n_params)), self.n_states)
-        return th.randperm(self.n_states, generator=generator, device="cpu")[:n]
+        return some_states(self.n_states, self.n_params, generator)
 
     def _can_vectorise(self) -> bool:
         try:
@@ -214,26 +242,6 @@ class SampledJacobian(Jacobian):
         rows = vmap(grad(value), (None, 0), chunk_size=self.batch_size)(self._named, self.take(index))
         return FormedRows(th.cat([part.flatten(1) for part in rows.values()], dim=1))
 
-    @th.no_grad()
-    def to_values(self, v: th.Tensor) -> th.Tensor:
-        # A central difference: what serves every critic, in place for those that keep their weights elsewhere as well. The
-        # step balances its error and rounding
-        before = [parameter.clone() for parameter in self.parameters]
-        scale = 1 + th.linalg.vector_norm(flatten(before))
-        step = th.finfo(v.dtype).eps ** (1 / 3) * scale / th.linalg.vector_norm(v).clamp_min(th.finfo(v.dtype).tiny)
-        parts = v.split([parameter.numel() for parameter in before])
-        values = []
-        try:
-            for change in (step, -step):
-                for parameter, start, part in zip(self.parameters, before, parts, strict=True):
-                    parameter.copy_(start + change * part.view_as(start))
-                indices = th.arange(self.n_states, device="cpu").split(self.batch_size)
-                values.append(th.cat([self.critic(self.take(index)) for index in indices]))
-        finally:
-            for parameter, start in zip(self.parameters, before, strict=True):
-                parameter.copy_(start)
-        return (values[0] - values[1]) / (2 * step)
-
 
 def layers_of(critic: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Linear | nn.Conv2d] | None:
     """The critic's layers in the order of its parameters, if these are all those of plain Linear and Conv2d layers."""
@@ -256,7 +264,7 @@ def make_jacobian(policy: Any, generator: th.Generator, *arguments: Any) -> Jaco
     *_, parameters, _ = arguments
     layers = layers_of(critic, parameters)
     if layers is not None:
-        jacobian = LayerJacobian(layers, critic, *arguments)
+        jacobian = LayerJacobian(layers, critic, *arguments, generator=generator)
         try:
             if jacobian.are_right(jacobian.at):
                 return jacobian

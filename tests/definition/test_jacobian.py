@@ -216,9 +216,10 @@ def test_rows_are_formed_many_at_a_time() -> None:
     assert len(calls) < 10
 
 
-def test_the_sample_comes_from_the_generator_and_estimates_the_trace() -> None:
+@pytest.mark.parametrize("make", [lambda: mlp(nn.LayerNorm(5)), convolutions], ids=["LayerNorm", "convolutions"])
+def test_the_sample_comes_from_the_generator_and_estimates_the_trace(make: Factory) -> None:
     th.manual_seed(0)
-    critic, observations = mlp(nn.LayerNorm(5)).double(), th.randn(2 * MAX_SAMPLED_ROWS + 5, 6, dtype=th.float64)
+    critic, observations = make().double(), th.randn(2 * MAX_SAMPLED_ROWS + 5, 6, dtype=th.float64)
     n = n_states = len(observations)
     before = th.get_rng_state()
     one, same, *others = (jacobian_of(critic, observations, n, n_states, 64, seed) for seed in (1, *range(1, 20)))
