@@ -16,7 +16,7 @@ from sb3_blpo.jacobian import Jacobian, SampledJacobian
 from sb3_blpo.rollout import Rollout, take
 
 #: How many states have their value's gradient formed: at most so many,
-MAX_ROWS = 96
+MAX_ROWS = 128
 #: at most one in so many,
 STATES_PER_ROW = 4
 #: and not more than go back through so many times as many steps together as the rollout has

@@ -27,7 +27,7 @@ PPO_KEYS = {
     "learning_rate", "entropy_loss", "policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "loss",
     "explained_variance", "n_updates", "clip_range",
 }  # fmt: skip
-NESTED_KEYS = {"critic_learning_rate", "critic_loss_before", "critic_loss_after"}
+NESTED_KEYS = {"critic_learning_rate", "ent_coef", "critic_loss_before", "critic_loss_after"}
 CORRECTION_KEYS = {
     "correction_ratio", "correction_cosine", "correction_capped", "correction_skipped", "ihvp_residual",
 }  # fmt: skip
