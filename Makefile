@@ -26,7 +26,7 @@ slow: $(INSTALLED)
 test-benchmarks: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "benchmarks and not slow"
 
-# SB3's own tests, of the installed version
+# SB3's and sb3-contrib's own tests, of the installed versions
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance/sb3_tests.py -n 2
 
