@@ -126,7 +126,7 @@ CRITICS: dict[str, tuple[str, spaces.Space]] = {
     "NatureCNN": ("CnnPolicy", IMAGE),
     "Dict": ("MultiInputPolicy", spaces.Dict({"vector": VECTOR, "image": IMAGE})),
 }
-#: Both classes, policy, its arguments and BLPO's own of what has neither PPO's class nor its defaults
+#: Other classes or settings: PPO's class, BLPO's class, the policy, its arguments, and what BLPO alone is given
 SIBLINGS: dict[str, tuple[Any, Any, str, dict[str, Any], dict[str, Any]]] = {
     "64-64, torch": (PPO, BLPO, "MlpPolicy", NETWORKS["64-64"], {"engine": "torch"}),
     "masked 64-64": (MaskablePPO, MaskableBLPO, "MlpPolicy", NETWORKS["64-64"], {}),

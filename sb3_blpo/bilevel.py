@@ -52,6 +52,10 @@ class Bilevel(Archived, OnPolicyAlgorithm):
 
     #: Arrays of the rollout buffer that the actor sees beside the observations, by their argument of the policy's methods
     actor_inputs: ClassVar[tuple[str, ...]] = ()
+    #: Tensors that a plain zip does without, and an exact continuation needs
+    remembered: ClassVar[tuple[str, ...]] = ("_former_rollouts",)
+    #: What computes the gradient steps where the compiled engine does not
+    torch_engine: ClassVar[type[TorchEngine]] = TorchEngine
 
     critic_learning_rate: float | Schedule | None
     batch_size: int
@@ -68,10 +72,6 @@ class Bilevel(Archived, OnPolicyAlgorithm):
     target_kl: float | None
     engine: str = "auto"
 
-    #: Tensors that a plain zip does without, and an exact continuation needs
-    remembered: ClassVar[tuple[str, ...]] = ("_former_rollouts",)
-    #: What computes the gradient steps where the compiled engine does not
-    torch_engine: ClassVar[type[TorchEngine]] = TorchEngine
     #: Which engine the latest update ran on, "numba" or "torch", and why
     engine_in_use: str | None = None
     critic_optimizer: th.optim.Optimizer

@@ -51,6 +51,7 @@ class Jacobian(ABC):
 
     def __post_init__(self) -> None:
         self.n_params = sum(parameter.numel() for parameter in self.parameters)
+        self.has_memory = any(isinstance(module, nn.RNNBase) for module in self.critic.modules())
         #: The states that the curvature is made from: all, or a sample of them
         self.curvature_states = th.arange(self.n_states, device="cpu")
 
@@ -102,9 +103,8 @@ class Jacobian(ABC):
         return total
 
     def _values(self, index: th.Tensor) -> th.Tensor:
-        recurrent = any(isinstance(module, nn.RNNBase) for module in self.critic.modules())
         # cuDNN's recurrent layers have no backward pass in eval mode
-        with th.enable_grad(), th.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext():
+        with th.enable_grad(), th.backends.cudnn.flags(enabled=False) if self.has_memory else contextlib.nullcontext():
             return self.critic(self.take(index))
 
     def _differentiate(self, outputs: th.Tensor, weights: th.Tensor, create_graph: bool = False) -> th.Tensor:

@@ -44,17 +44,25 @@ def size(observations: PyTorchObs) -> int:
     return size(next(iter(observations.values()))) if isinstance(observations, dict) else len(observations)
 
 
-def minibatches(n: int, batch_size: int, n_minibatches: int | None = None) -> Iterator[th.Tensor]:
+def shuffled(n: int) -> th.Tensor:
+    """The numbers from 0 to n - 1 in random order (n,)."""
+    return th.randperm(n, device="cpu")
+
+
+def minibatches(
+    n: int, batch_size: int, n_minibatches: int | None = None, draw: Callable[[int], th.Tensor] = shuffled
+) -> Iterator[th.Tensor]:
     """
     Draw random minibatches, each row once before any comes again.
 
     :param n: Number of rows
     :param batch_size: Rows in a minibatch; the last one of a pass may have fewer
     :param n_minibatches: How many; ``None``: one pass
+    :param draw: Draws the order of the rows in each pass
     :return: Indices of each minibatch's rows (batch_size,)
     """
     n_minibatches = -(-n // batch_size) if n_minibatches is None else n_minibatches
-    passes = (th.randperm(n, device="cpu").split(batch_size) for _ in itertools.count())
+    passes = (draw(n).split(batch_size) for _ in itertools.count())
     return itertools.islice(itertools.chain.from_iterable(passes), n_minibatches)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from sb3_blpo.checks import finite
 from sb3_blpo.engines.torch import TorchEngine, finite_distribution
 from sb3_blpo.jacobian import Jacobian, SampledJacobian
-from sb3_blpo.rollout import Rollout, take
+from sb3_blpo.rollout import Rollout, minibatches, take
 
 #: How many states have their value's gradient formed: at most so many,
 MAX_ROWS = 128
@@ -111,12 +111,12 @@ class RecurrentEngine(TorchEngine):
         return RecurrentJacobian(generator, critic, lambda index: index, n, len(rollout), parameters, n)
 
     def _critic_minibatches(self, n: int, n_minibatches: int) -> Iterator[th.Tensor]:
-        passes = (_pieces(th.arange(n, device="cpu"), self.batch_size) for _ in itertools.count())
-        return itertools.islice(itertools.chain.from_iterable(passes), n_minibatches)
+        return minibatches(n, self.batch_size, n_minibatches, in_time_order)
 
     def _actor_minibatches(self, rollout: Rollout) -> Iterator[th.Tensor]:
         assert isinstance(rollout, RecurrentRollout)
-        return _pieces(rollout.steps, self.batch_size)
+        steps = rollout.steps
+        return (steps[index] for index in minibatches(len(steps), self.batch_size, draw=in_time_order))
 
     def _values_at(self, observations: Any, index: th.Tensor) -> th.Tensor:
         return values_of(self.policy, observations, Sequences(index, observations["cut"][index]))
@@ -133,9 +133,9 @@ class RecurrentEngine(TorchEngine):
         return sequences.real(log_prob), None if entropy is None else sequences.real(entropy)
 
 
-def _pieces(order: th.Tensor, batch_size: int) -> Iterator[th.Tensor]:
-    """One pass in pieces, from a random place on: sb3-contrib's way to shuffle a bit."""
-    return iter(order.roll(int(th.randint(len(order), (), device="cpu"))).split(batch_size))
+def in_time_order(n: int) -> th.Tensor:
+    """The numbers from 0 to n - 1, from a random one on: sb3-contrib's way to shuffle a bit (n,)."""
+    return th.arange(n, device="cpu").roll(int(th.randint(n, (), device="cpu")))
 
 
 class RecurrentValues(nn.Module):
