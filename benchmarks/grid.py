@@ -98,6 +98,55 @@ CAPS = {
     f"BLPO, cap {cap}": Algorithm("blpo", params={"critic_rollouts": 4, "max_correction_ratio": cap})
     for cap in (0.1, 0.25, 1.0)
 }
+NOT_NORMALIZED, NORMALIZED = ({"normalize_advantage": value} for value in (False, True))
+SMALL_CHEETAH = {"n_envs": 2, "batch_size": 128, "learning_rate": "lin_5e-4"}
+SMALL_WALKER = {"n_envs": 2, "n_steps": 256, "batch_size": 128, "learning_rate": "lin_3e-4"}
+#: By task, what the trials for the second edition's entries change in the entry: of BLPO, of PPO with its schedule (tuning.md)
+TRIALS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "CartPole-v1": (
+        [{}, NOT_NORMALIZED, {"n_critic_updates": 1}, {"n_critic_updates": 3}, {"batch_size": 64}],
+        [{}, NOT_NORMALIZED, {"batch_size": 64}, {"batch_size": 256}, {"learning_rate": "lin_2e-3"}],
+    ),
+    "Acrobot-v1": (
+        [{}, NOT_NORMALIZED, {"n_critic_updates": 1}, {"n_critic_updates": 3}, {"n_epochs": 10}],
+        [{}, NOT_NORMALIZED, {"batch_size": 64}, {"learning_rate": 6e-4}, {"n_epochs": 10}],
+    ),
+    "LunarLander-v3": (
+        [{}, NOT_NORMALIZED, {"n_critic_updates": 1}, {"critic_rollouts": 8}, {"batch_size": 128}],
+        [{}, NOT_NORMALIZED, {"batch_size": 64}, {"batch_size": 128}, {"clip_range": 0.1}],
+    ),
+    "Hopper-v5": (
+        [{}, *({"critic_rollouts": 16} | more for more in ({}, NORMALIZED, {"n_critic_updates": 1}, {"batch_size": 64}))],
+        [{}, NOT_NORMALIZED, {"batch_size": 64}, {"clip_range": 0.1}, NOT_NORMALIZED | {"learning_rate": "lin_5e-4"}],
+    ),
+    "HalfCheetah-v5": (
+        [
+            {},
+            {"critic_rollouts": 8},
+            NOT_NORMALIZED,
+            {"critic_rollouts": 8, "n_critic_updates": 1},
+            SMALL_CHEETAH | {"critic_rollouts": 8},
+        ],
+        [{}, SMALL_CHEETAH, NOT_NORMALIZED, {"batch_size": 128}, {"clip_range": 0.1}],
+    ),
+    "Walker2d-v5": (
+        [{}, NORMALIZED, {"n_critic_updates": 1}, SMALL_WALKER, SMALL_WALKER | NORMALIZED],
+        [{}, NOT_NORMALIZED, {"batch_size": 64}, {"n_envs": 2, "n_steps": 256}, {"clip_range": 0.2}],
+    ),
+}
+FOR_ENTRIES = ("BLPO", Algorithm("blpo")), ("PPO (BLPO's schedule)", Algorithm("ppo", PPO_SCHEDULE))
+
+
+def _trials(task: str) -> dict[str, Algorithm]:
+    return {
+        ", ".join([name, *(f"{argument} {value}" for argument, value in changes.items())]): what._replace(params=changes)
+        for (name, what), changed in zip(FOR_ENTRIES, TRIALS[task], strict=True)
+        for changes in changed
+    }
+
+
+for _task in TRIALS:
+    ALGORITHMS |= _trials(_task)
 ALGORITHMS |= VARIANTS | ROLLOUTS | CAPS
 MAIN = ("random", "BLPO", "BLPO none", "PPO (tuned)", "PPO (BLPO's schedule)")
 TRPO = ("TRPO (tuned)",)
@@ -143,6 +192,7 @@ STAGES = {
     ],
     "rollouts": [_short(tuple(ROLLOUTS), DEFAULTS)._replace(seeds=range(100, 105))],
     "caps": [_short(tuple(CAPS), DEFAULTS)._replace(seeds=range(100, 105))],
+    "entries": [Grid(tuple(_trials(task)), {task: SHORT[task]}, n_evaluations=10, seeds=(100, 101)) for task in TRIALS],
     "recurrent": [
         Grid(("RecurrentBLPO", "RecurrentBLPO none", "RecurrentPPO"), {"CartPoleNoVel-v1": 50_000}, n_evaluations=10)
     ],
@@ -158,6 +208,7 @@ OUTPUTS = {
     "ablation": RESULTS / "returns.csv",
     "rollouts": RESULTS / "defaults" / "returns.csv",
     "caps": RESULTS / "defaults" / "returns.csv",
+    "entries": RESULTS / "entries" / "returns.csv",
 }
 
 
