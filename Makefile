@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Small networks: more threads would only wait for each other
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-benchmarks slow conformance zoo fuzz soak mutation results replication stage2 defaults ablation lint
+.PHONY: train test test-benchmarks slow conformance zoo fuzz soak mutation results ablation million docs lint
 
 train: $(INSTALLED)
 	$(BIN)/python -m rl_zoo3.train --algo blpo --env CartPole-v1 --seed 1 --log-folder logs
@@ -32,7 +32,7 @@ conformance: $(INSTALLED)
 
 # RL Zoo's commands (but push_to_hub, broken upstream), with the packages that only plots and tracking need
 zoo: $(INSTALLED)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[envs,dev,plots]' wandb
+	$(BIN)/python -m pip install -c constraints.txt -e '.[envs,dev,docs,plots]' wandb
 	$(BIN)/python -m pytest tests/zoo
 
 # 1000 random faults, 500 random configurations
@@ -48,33 +48,24 @@ mutation: $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt mutmut
 	$(BIN)/python tests/definition/mutation.py
 
-# Returns beside PPO's, 5 seeds of 6 tasks. 4 to 10 core-hours; a killed run goes on where it was
+# Returns beside PPO's, ten seeds of six tasks. About 7 core-hours; a killed run goes on where it was
 results: $(INSTALLED)
-	$(BIN)/python benchmarks/run.py --stage stage1
+	$(BIN)/python benchmarks/run.py --stage returns
 	$(BIN)/python benchmarks/report.py
 
-# The same on five other seeds, which no decision has seen, and all ten together. 4 to 10 core-hours
-replication: $(INSTALLED)
-	$(BIN)/python benchmarks/run.py --stage replication
-	$(BIN)/python benchmarks/report.py benchmarks/results/replication/returns.csv
-	$(BIN)/python benchmarks/report.py benchmarks/results/returns.csv benchmarks/results/replication/returns.csv \
-		--folder benchmarks/results/ten_seeds
-
-# The same over a million steps, and on more tasks. About 30 core-hours
-stage2: $(INSTALLED)
-	$(BIN)/python benchmarks/run.py --stage stage2
-	$(BIN)/python benchmarks/report.py benchmarks/results/stage2/returns.csv
-
-# Which runs decide the constructor's defaults: benchmarks/tuning.md. About 4 core-hours
-defaults: $(INSTALLED)
-	$(BIN)/python benchmarks/run.py --stage rollouts
-	$(BIN)/python benchmarks/run.py --stage caps
-
-# What in BLPO does the work: its variants, 5 seeds of 3 tasks. About 6 core-hours, 5 after `results`; a killed run goes
-# on where it was
+# What in BLPO does the work: its variants, five seeds of three tasks. About 4 core-hours after `results`
 ablation: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py --stage ablation
 	$(BIN)/python benchmarks/report.py
+
+# Returns over a million steps. About 30 core-hours
+million: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py --stage million
+	$(BIN)/python benchmarks/report.py benchmarks/results/million/returns.csv
+
+# The site, in docs/_build; a warning, such as for a link that leads nowhere, is an error
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -84,5 +75,5 @@ lint: $(INSTALLED)
 # The constraints name the tested torch, so that pip looks for no other
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard sb3_blpo/startup/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[envs,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[envs,dev,docs]'
 	touch $@

@@ -52,7 +52,11 @@ def stretches(n_envs: int, n: int, batch_size: int, n_minibatches: int | None = 
 
 
 class TimeOrdered(BLPO):
-    """Minibatches of consecutive steps for both levels, and not of shuffled transitions."""
+    """Minibatches of consecutive steps for both levels, and not of shuffled transitions: by torch's engine."""
+
+    def _setup_model(self) -> None:
+        self.engine = "torch"
+        super()._setup_model()
 
     def train(self) -> None:
         with mock.patch("sb3_blpo.engines.torch.minibatches", functools.partial(stretches, self.n_envs)):

@@ -1,9 +1,8 @@
 """
 Tables and figures of what run.py recorded.
 
-``python benchmarks/report.py`` reads ``benchmarks/results/returns.csv`` alone, or the CSV that it is given, complete or not,
-and writes ``report.md`` and figures beside it. Of several CSVs, of different seeds, it takes together what stands in each of
-them. What the numbers mean: returns.py.
+``python benchmarks/report.py`` reads ``benchmarks/results/returns/returns.csv`` alone, or the CSV that it is given, complete
+or not, and writes ``report.md`` and figures beside it. What the numbers mean: returns.py.
 """
 
 import argparse
@@ -17,12 +16,10 @@ import pandas as pd
 from returns import (
     BLPO,
     COLOURS,
-    GROWING,
     N_DRAWS,
     NONE,
     PPO,
     RANDOM,
-    SATURATING,
     Estimate,
     Results,
     Task,
@@ -35,7 +32,7 @@ from returns import (
 )
 from scipy import stats
 
-RETURNS = Path(__file__).parent / "results" / "returns.csv"
+RETURNS = Path(__file__).parent / "results" / "returns" / "returns.csv"
 DIFFERENCES_TO = ("PPO (BLPO's schedule)", NONE, BLPO)
 COVERAGE = (
     "Intervals are 95 % of a bootstrap over runs. With five normally distributed runs a task they cover the truth in 84 % "
@@ -99,7 +96,7 @@ def aggregate(results: Results) -> str:
     return (
         "Relative to tuned PPO: returns as (return - random policy) / (PPO - random policy), final ones from the last 10 % of "
         "training; steps and time until the mean curve first reaches PPO's final return, as parts of PPO's whole training, "
-        "median over the tasks. CPU times compare algorithms only as far as they ran on the same machine (returns.md). "
+        "median over the tasks. CPU times compare algorithms only as far as they ran on the same machine. "
         f"P(above PPO): {ABOVE}. Tasks on which runs are missing are left out, and so are algorithms that were not run on all "
         f"the others. {COVERAGE}\n\n" + markdown(header, rows)
     )
@@ -241,57 +238,24 @@ def plot_curves(results: Results, path: Path) -> None:
     save(figure, results.colored, path)
 
 
-def plot_summary(results: Results, path: Path) -> None:
+def plot_final(results: Results, path: Path) -> None:
     """
     :param results: All runs
-    :param path: The PNG
+    :param path: The PNG: final return of each algorithm on each task
     """
     from matplotlib import pyplot as plt
 
-    figure, (scores, profile, better) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=(1.2, 1, 1), layout="constrained")
-    shown = results.colored
-    everything = results.complete
-    parts = {title: tasks for title, tasks in groups(everything).items() if title != "all"}
-    labels = []
-    for i, (title, tasks) in enumerate(parts.items()):
-        # Where everyone ends at the same return, the way there counts
-        if tasks[0].env_id in SATURATING:
-            score, label = area, f"area under the curve,\n{', '.join(task.env_id.split('-')[0] for task in tasks)}"
-        else:
-            score, label = final, f"final return,\n{title}\n(tasks: {len(tasks)})"
-        labels.append(label)
-        for j, name in enumerate(shown):
-            if common := results.have(name, tasks=tasks):
-                found = estimate(results.relative, iqm, score, name, common)
-                bar(scores, found, -i + 0.15 * ((len(shown) - 1) / 2 - j), COLOURS[name])
-    scores.set_yticks([-i for i in range(len(parts))], labels)
-    scores.set_ylim(0.5 - max(1, len(parts)), 0.5)
-    scores.axvline(1, color="black", linewidth=0.8)
-    scores.set_title("Relative to tuned PPO\n(interquartile mean, 95 %)", fontsize=11)
-
-    names = [name for name in shown if not name.startswith("TRPO")]
-    common = [task for task in results.have(*names, tasks=everything) if task.env_id in GROWING]
-    thresholds = np.linspace(0, 4, 201)
-    for name in (name for name in shown if common and results.have(name, tasks=common) == common):
-        point, draws = ((results.normalized(final, name, common, n)[..., None] > thresholds).mean(1) for n in (0, 1000))
-        profile.plot(thresholds, point[0], color=COLOURS[name], linewidth=2)
-        low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-        profile.fill_between(thresholds, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
-    profile.axvline(1, color="black", linewidth=0.8)
-    profile.set_ylim(0, 1)
-    profile.set_title("Part of the MuJoCo runs that end above\na return relative to tuned PPO's", fontsize=11)
-
-    others = {name: common for name in shown if name != BLPO and (common := results.have(BLPO, name, tasks=everything))}
-    for i, (name, common) in enumerate(others.items()):
-        bar(better, estimate(results.improvement, BLPO, name, common), -i, COLOURS[name])
-    better.set_yticks(
-        [-i for i in range(len(others))],
-        [f"{name}\n(tasks: {len(common)})".replace(", ", ",\n") for name, common in others.items()],
-    )
-    better.set_ylim(0.5 - max(1, len(others)), 0.5)
-    better.set_xlim(0, 1)
-    better.axvline(0.5, color="black", linewidth=0.8)
-    better.set_title("Probability that a run of BLPO\nends above one of (ties one half)", fontsize=11)
+    n = max(1, len(results.tasks))
+    figure, axes = plt.subplots(1, n, figsize=(max(2 * n, 8), 3.2), squeeze=False, layout="constrained")
+    for axis, task in zip(axes.flat, results.tasks, strict=False):
+        for i, name in enumerate(name for name in results.colored if (name, task) in results.runs):
+            found = estimate(results.raw, mean, name, task)
+            axis.plot([i, i], [found.low, found.high], color=COLOURS[name], linewidth=4, alpha=0.35, solid_capstyle="butt")
+            axis.plot(i, found.value, "o", color=COLOURS[name], markersize=7)
+        axis.set_title(f"{task.env_id.rsplit('-', 1)[0]}\n{task.n_timesteps // 1000}k steps", fontsize=11)
+        axis.set_xticks([])
+        axis.margins(x=0.2)
+    figure.suptitle("Final return: mean of the runs with its 95 % interval")
     save(figure, results.colored, path)
 
 
@@ -323,42 +287,20 @@ def plot_ablation(results: Results, path: Path) -> None:
     save(figure, [], path)
 
 
-def read(paths: Sequence[Path]) -> pd.DataFrame:
-    """
-    :param paths: One or more CSVs
-    :return: All rows of the trainings that each of them has, whatever the seed
-    """
-    parts = [pd.read_csv(path, dtype={"commit": str}) for path in paths]
-    table = pd.concat(parts)
-    training = ["algorithm", "env_id", "n_timesteps"]
-    n_parts = pd.concat([part[training].drop_duplicates() for part in parts]).value_counts()
-    in_all = n_parts.index[n_parts == len(paths)]
-    return table[pd.MultiIndex.from_frame(table[training]).isin(in_all)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and figures of what run.py recorded")
-    parser.add_argument("csv", nargs="*", type=Path, default=[RETURNS])
-    parser.add_argument("--envs", nargs="+", help="a part of the environments")
-    parser.add_argument("--folder", type=Path, help="for report.md and the figures, by default that of the only CSV")
-    arguments = parser.parse_args()
-    if (len(arguments.csv) > 1 or arguments.envs) and arguments.folder is None:
-        parser.error("--folder is missing: a report on several CSVs or on a part of one belongs to none of theirs")
+    parser.add_argument("csv", nargs="?", type=Path, default=RETURNS)
+    path = parser.parse_args().csv
     import matplotlib
 
     matplotlib.use("Agg")
-    table = read(arguments.csv)
-    if unknown := set(arguments.envs or ()) - set(table.env_id):
-        parser.error(f"--envs: {', '.join(sorted(unknown))} not among {', '.join(sorted(set(table.env_id)))}")
-    results = Results(table[table.env_id.isin(arguments.envs)] if arguments.envs else table)
-    folder = arguments.folder or arguments.csv[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(pd.read_csv(path, dtype={"commit": str}))
     text = tables(results)
-    (folder / "report.md").write_text(text)
+    (path.parent / "report.md").write_text(text)
     print(text)
-    plot_curves(results, folder / "returns_curves.png")
-    plot_summary(results, folder / "returns_summary.png")
-    plot_ablation(results, folder / "returns_ablation.png")
+    plot_final(results, path.parent / "returns_final.png")
+    plot_curves(results, path.parent / "returns_curves.png")
+    plot_ablation(results, path.parent / "returns_ablation.png")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ COLOURS = {
     NONE: "#777777",
     PPO: "#0072b2",
     "PPO (BLPO's schedule)": "#56b4e9",
-    "PPO (BLPO's schedule), not normalized": "#cc79a7",
     "TRPO (tuned)": "#009e73",
 }
 #: Where returns still grow at the end

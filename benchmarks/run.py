@@ -1,7 +1,7 @@
 """
 Returns of BLPO and of the baselines: environments × algorithms × seeds, trained and evaluated by RL Zoo.
 
-``python benchmarks/run.py --stage stage1`` trains each cell of that stage (grid.py) in a process of its own and adds its
+``python benchmarks/run.py --stage returns`` trains each cell of that stage (grid.py) in a process of its own and adds its
 evaluations to the stage's CSV. Cells that are there already with the same hyperparameters are left out, so that a killed run
 goes on where it was. ``--print-commands`` prints the Zoo's command for each cell, which gives the same evaluations: a separate
 environment with the training's normalisation, the deterministic policy, 10 episodes.
@@ -330,7 +330,7 @@ def run(cells: list[Cell], path: Path, n_jobs: int, folder: Path = LOGS) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Returns of BLPO and of the baselines")
-    parser.add_argument("--stage", choices=STAGES, default="stage1")
+    parser.add_argument("--stage", choices=STAGES, default="returns")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, help="instead of the stage's own")
     parser.add_argument("--envs", nargs="+", help="a part of the stage's")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the stage's own")

@@ -165,36 +165,6 @@ def test_other_hyperparameters_are_not_pooled():
         returns.Results(rows)
 
 
-def test_several_csvs_and_a_part_of_the_environments(results, tmp_path, monkeypatch, capsys):
-    """Runs count as if they stood in one CSV, each once; what only one of them has is left out, as are other environments."""
-    monkeypatch.setattr(report, "N_DRAWS", 100)
-    even = results.table.seed % 2 == 0
-    paths, folder = [str(tmp_path / name) for name in ("even.csv", "odd.csv")], tmp_path / "both"
-    variant = results.table[even & (results.table.algorithm == returns.BLPO)].assign(algorithm="BLPO, variant")
-    pd.concat([results.table[even], variant]).to_csv(paths[0], index=False)
-    results.table[~even].to_csv(paths[1], index=False)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
-        report.main()
-
-    call(*paths, "--folder", str(folder))
-    assert (folder / "report.md").read_text() == report.tables(results)
-    call(*paths, "--envs", "Hopper-v5", "--folder", str(folder))
-    hopper = results.table[results.table.env_id == "Hopper-v5"]
-    assert (folder / "report.md").read_text() == report.tables(returns.Results(hopper))
-    with pytest.raises(ValueError, match="has the same seed twice"):
-        call(paths[0], paths[0], "--folder", str(folder))
-    for arguments, message in (
-        (paths, "--folder is missing"),
-        ([paths[0], "--envs", "Hopper-v5"], "--folder is missing"),
-        ([paths[0], "--envs", "Pong", "--folder", str(folder)], "--envs: Pong not among "),
-    ):
-        with pytest.raises(SystemExit):
-            call(*arguments)
-        assert message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("left", ["all", "no PPO", "no random", "one"])
 def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     rows = results.table
@@ -216,7 +186,7 @@ def test_report_of_a_part(left, results, tmp_path, monkeypatch, capsys):
     assert "| Hopper-v5, 10k | BLPO |" in text and "nan" not in text
     assert "commit: 12e4567\n" in text
     assert ("## Differences to BLPO none" in text) and ("no normalised score: " in text) == (left in ("no random", "one"))
-    figures = {"returns_curves.png", "returns_summary.png", "returns_ablation.png"}
+    figures = {"returns_curves.png", "returns_final.png", "returns_ablation.png"}
     assert {file.name for file in tmp_path.glob("*.png")} == figures
 
 
