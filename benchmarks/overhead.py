@@ -5,15 +5,19 @@ What BLPO costs beside SB3's PPO, or its siblings beside sb3-contrib's, with the
 takes about 25 minutes and a machine that does nothing else; ``--cases`` chooses a part, whose rows replace the old ones.
 
 Time: the algorithms of a case live in one process with one thread and take turns, one rollout and one ``train()`` each, in CPU
-seconds; ratios are those of two turns side by side, the first turn of each is not counted. The environment of the cases with
+seconds; ratios are those of two turns side by side, the first turn of each is not counted. SBX's PPO (JAX) takes turns too
+where it is installed (``pip install 'sb3_blpo[peers]'``), with two layers of 64 units. The environment of the cases with
 other critics costs next to nothing, so that its ratios are the largest that such a critic can have.
 Memory: the largest resident memory of a process that trains on long rollouts, one process for each algorithm.
 """
 
 import argparse
 import multiprocessing
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +143,14 @@ SIBLINGS: dict[str, tuple[Any, Any, str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 TASKS = ("CartPole-v1", "Acrobot-v1", "LunarLander-v3", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Humanoid-v5")
 WIDE_TASKS = ("CartPole-v1", "LunarLander-v3", "Hopper-v5", "HalfCheetah-v5")
-CASES = (*(f"{task} 64-64" for task in TASKS), *(f"{task} 256-256" for task in WIDE_TASKS), *SIBLINGS, *CRITICS)
+DEFAULTS = "CartPole-v1 64-64, PPO's defaults"  # one environment, 2048 steps, minibatches of 64
+CASES = (*(f"{task} 64-64" for task in TASKS), DEFAULTS, *(f"{task} 256-256" for task in WIDE_TASKS), *SIBLINGS, *CRITICS)
 
 
 def make(case: str, algorithm: str, n_envs: int = N_ENVS, **settings: Any) -> Any:
     """
     :param case: One of :data:`CASES`
-    :param algorithm: One of :data:`ALGORITHMS`
+    :param algorithm: One of :data:`ALGORITHMS`, or "sbx"
     :param n_envs: Number of environments
     :param settings: Instead of those of :data:`SCHEDULE`
     :return: The model, with environments of its own
@@ -163,12 +168,18 @@ def make(case: str, algorithm: str, n_envs: int = N_ENVS, **settings: Any) -> An
         if policy == "MlpPolicy":
             policy_kwargs = {"features_extractor_class": Extractor, "features_extractor_kwargs": {"kind": case}}
     else:
-        env_id, network = case.split()
+        if case == DEFAULTS:
+            n_envs, settings = 1, {"n_steps": 2048, "batch_size": 64} | settings
+        env_id, network = case.partition(",")[0].split()
         policy, policy_kwargs = "MlpPolicy", NETWORKS[network]
         env = make_vec_env(env_id, n_envs, seed=0)
         env = VecNormalize(env) if env_id.endswith("v5") else env
     settings = SCHEDULE | {"policy_kwargs": policy_kwargs} | settings
-    return ppo(policy, env, **settings) if algorithm == "ppo" else blpo(policy, env, ihvp_solver=algorithm, **settings | own)
+    if algorithm == "sbx":
+        ppo = import_module("sbx").PPO
+    if algorithm in ("ppo", "sbx"):
+        return ppo(policy, env, **settings)
+    return blpo(policy, env, ihvp_solver=algorithm, **settings | own)
 
 
 def measure(case: str, n_turns: int) -> pd.DataFrame:
@@ -177,7 +188,8 @@ def measure(case: str, n_turns: int) -> pd.DataFrame:
     :param n_turns: Turns of each algorithm that count
     :return: CPU seconds of each turn
     """
-    models = {name: make(case, name) for name in ALGORITHMS}
+    names = (*ALGORITHMS, "sbx") if "64-64" in case and case not in SIBLINGS and find_spec("sbx") else ALGORITHMS
+    models = {name: make(case, name) for name in names}
     callbacks = {name: model._setup_learn(10**9)[1] for name, model in models.items()}
     rows = []
     for turn in range(-1, n_turns):
@@ -201,6 +213,7 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
         "none / PPO": turns["none"] / turns.ppo,
         "nystrom / PPO": turns.nystrom / turns.ppo,
         "nystrom / none": turns.nystrom / turns["none"],
+        "nystrom / SBX": turns.nystrom / turns.get("sbx", np.nan),
     })  # fmt: skip
 
 
@@ -274,6 +287,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, nargs=2, default=(64, 1024), help="environments and steps")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")  # of SBX
     th.set_num_threads(1)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / "overhead.csv"
