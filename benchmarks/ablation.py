@@ -16,6 +16,7 @@ from rl_zoo3.utils import ALGOS
 
 from sb3_blpo import BLPO
 from sb3_blpo.curvature import GaussNewton
+from sb3_blpo.gae import DiscountedSum
 from sb3_blpo.ihvp import Solution, Solver
 from sb3_blpo.rollout import Rollout
 
@@ -71,6 +72,56 @@ class OneRate(BLPO):
         super()._setup_model()
 
 
+class FreshReturns(BLPO):
+    """Former rollouts' returns are computed anew, under the critic as it is at each new rollout."""
+
+    def _finished_rollout(self) -> Rollout:
+        rollout = super()._finished_rollout()
+        self.policy.set_training_mode(False)
+        kept: list[tuple[Rollout, th.Tensor]] = getattr(self, "_kept", [])[-self._n_critic_rollouts :]
+        with th.no_grad():
+            now = [self.policy.predict_values(one.observations).flatten() for one, _ in kept]
+            own = self.policy.predict_values(rollout.observations).flatten()
+        self._former_rollouts = [
+            (one.states, one.advantages_after(values - before) + values[: len(one)])
+            for (one, before), values in zip(kept, now, strict=True)
+        ]
+        self._kept = [*kept, (rollout, own)]
+        return rollout
+
+
+class CriticLambda(BLPO):
+    """The critic's targets have a lambda of their own, 0.98 where the advantages' is at most 0.95, else 0.9."""
+
+    def _finished_rollout(self) -> Rollout:
+        rollout = super()._finished_rollout()
+        decay = rollout.gamma * rollout.gae_lambda * (1 - rollout.done)
+        advantages = rollout.advantages.view(rollout.done.shape)
+        later = th.cat([advantages[1:], th.zeros_like(advantages[:1])])
+        temporal_differences = advantages - decay * later
+        other = 0.98 if rollout.gae_lambda <= 0.95 else 0.9
+        change = DiscountedSum(rollout.done, rollout.gamma * other)(temporal_differences) - advantages
+        rollout.returns = rollout.returns + change.flatten()
+        return rollout
+
+
+class SlowAdam(BLPO):
+    """Both of Adam's betas are 0.99, as in Dohare et al. (2023)."""
+
+    def _setup_model(self) -> None:
+        self.policy_kwargs = self.policy_kwargs | {"optimizer_kwargs": {"betas": (0.99, 0.99), "eps": 1e-5}}
+        super()._setup_model()
+
+
+class WideCritic(BLPO):
+    """The critic's layers are twice as wide as the actor's, and have 256 units at least."""
+
+    def _setup_model(self) -> None:
+        actor = self.policy_kwargs.get("net_arch", [64, 64])
+        self.policy_kwargs = self.policy_kwargs | {"net_arch": {"pi": actor, "vf": [max(256, 2 * n) for n in actor]}}
+        super()._setup_model()
+
+
 class Unsolved(Solver):
     """v = g / alpha: the linear system without its curvature."""
 
@@ -91,6 +142,10 @@ ALGOS |= {
     "blpo_time_ordered": TimeOrdered,
     "blpo_one_rate": OneRate,
     "blpo_no_curvature": NoCurvature,
+    "blpo_fresh_returns": FreshReturns,
+    "blpo_critic_lambda": CriticLambda,
+    "blpo_slow_adam": SlowAdam,
+    "blpo_wide_critic": WideCritic,
 }
 
 if __name__ == "__main__":

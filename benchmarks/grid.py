@@ -85,7 +85,18 @@ VARIANTS = {
     "BLPO, no curvature": Algorithm("blpo_no_curvature", default_hyperparams()),
     "BLPO, no cap": Algorithm("blpo", params={"max_correction_ratio": None}),
 }
-ALGORITHMS |= VARIANTS
+#: Candidates for the follower's side, on "none" (tuning.md)
+FOLLOWERS = {
+    f"BLPO none, {name}": Algorithm(algo, default_hyperparams(), {"ihvp_solver": "none"} | params)
+    for name, algo, params in (
+        ("more critic steps", "blpo", {"n_critic_updates": 5}),
+        ("fresh returns", "blpo_fresh_returns", {}),
+        ("Adam's betas 0.99", "blpo_slow_adam", {}),
+        ("critic's own lambda", "blpo_critic_lambda", {}),
+        ("wide critic", "blpo_wide_critic", {}),
+    )
+}
+ALGORITHMS |= VARIANTS | FOLLOWERS
 SCHEDULE = "PPO (BLPO's schedule)"
 MUJOCO = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
 SHORT = dict.fromkeys(MUJOCO, 250_000) | {"LunarLander-v3": 300_000, "CartPole-v1": 50_000, "Acrobot-v1": 100_000}
@@ -97,12 +108,20 @@ STAGES = {
         Grid(("BLPO", "BLPO none", SCHEDULE), SHORT, n_evaluations=10, seeds=REPORTED),
         Grid(("random", "PPO (tuned)"), SHORT, n_evaluations=10, seeds=range(10)),
     ],
+    "follower": [
+        Grid(
+            ("BLPO none", *FOLLOWERS),
+            {task: SHORT[task] for task in (*MUJOCO, "LunarLander-v3")},
+            n_evaluations=10,
+            seeds=range(110, 115),
+        )
+    ],
     "ablation": [
         Grid(
             tuple(VARIANTS),
             {task: SHORT[task] for task in ("LunarLander-v3", "Hopper-v5", "HalfCheetah-v5")},
-            10,
-            REPORTED[:5],
+            n_evaluations=10,
+            seeds=REPORTED[:5],
         )
     ],
     "million": [

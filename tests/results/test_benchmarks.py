@@ -1,5 +1,6 @@
 """benchmarks/grid.py, run.py, ablation.py: what is trained, when it is evaluated, what is left out, what is counted."""
 
+import copy
 import inspect
 import os
 import shlex
@@ -60,7 +61,7 @@ def test_every_cell_has_hyperparameters():
             run.config_of(one)  # raises where neither the Zoo nor a file of ours has any
 
 
-@pytest.mark.parametrize("name", grid.VARIANTS)
+@pytest.mark.parametrize("name", grid.VARIANTS | grid.FOLLOWERS)
 def test_variants_take_their_arguments(name, tmp_path):
     assert isinstance(run.experiment(cell(name), tmp_path).setup_experiment()[0], BLPO)
 
@@ -310,6 +311,47 @@ def test_both_levels_see_stretches(monkeypatch):
     monkeypatch.setattr(ablation, "stretches", lambda *given: drawn.append(given) or stretches(*given))
     model(ablation.TimeOrdered, n_critic_updates=2).learn(128)
     assert drawn == [(2, 128, 32, 8), (2, 128, 32)]
+
+
+def under_the_critic(model, buffer, last_obs, last_done, gae_lambda):
+    """Returns (N,) by SB3 itself, under the critic as it is, without truncations."""
+    with th.no_grad():
+        states = th.as_tensor(buffer.observations.reshape(-1, *buffer.obs_shape))
+        buffer.values = model.policy.predict_values(states).numpy().reshape(buffer.values.shape)
+        last = model.policy.predict_values(th.as_tensor(last_obs))
+    buffer.gae_lambda = gae_lambda
+    buffer.compute_returns_and_advantage(last, last_done)
+    return buffer.returns.flatten()
+
+
+def test_fresh_returns():
+    """At the next rollout the critic's former one has the returns that SB3 would give it under the critic as it is then."""
+    variant = model(ablation.FreshReturns, learning_rate=1e-2, ihvp_solver="none").learn(128)
+    buffer, last = copy.deepcopy(variant.rollout_buffer), (variant._last_obs, variant._last_episode_starts)
+    variant._finished_rollout()
+    expected = under_the_critic(variant, buffer, *last, variant.gae_lambda)
+    np.testing.assert_allclose(variant._former_rollouts[-1][1], expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected - variant.rollout_buffer.returns.flatten()).max() > 0.1
+
+
+@pytest.mark.parametrize("of_advantages, of_targets", [(0.95, 0.98), (0.98, 0.9)])
+def test_critic_lambda(of_advantages, of_targets):
+    variant = model(ablation.CriticLambda, gae_lambda=of_advantages, learning_rate=0.0)
+    variant.learn(128)
+    found = variant._finished_rollout()
+    np.testing.assert_array_equal(found.advantages, variant.rollout_buffer.advantages.flatten())
+    buffer, last = copy.deepcopy(variant.rollout_buffer), (variant._last_obs, variant._last_episode_starts)
+    np.testing.assert_allclose(found.returns, under_the_critic(variant, buffer, *last, of_targets), rtol=1e-4, atol=1e-5)
+
+
+def test_slow_adam_and_wide_critic():
+    assert {group["betas"] for group in model(ablation.SlowAdam).critic_optimizer.param_groups} == {(0.99, 0.99)}
+    policy = model(ablation.WideCritic).policy
+    sides = policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net
+    assert [[layer.out_features for layer in side if hasattr(layer, "out_features")] for side in sides] == [
+        [64, 64],
+        [256, 256],
+    ]
 
 
 def test_one_rate():
